@@ -1,0 +1,548 @@
+"""The data: readers of the official files, word pieces, transforms, the four tasks' inputs, collation and sampling.
+
+Nothing is converted beforehand: `--data DIR` is laid out as the official downloads unpack (the README has the tree).
+A picture is known by its file; its boxes are kept as fractions of its own width and height, so that they need no care
+when the picture is resized.
+
+Everything random about a visit to a picture (its size, its sentences, which words are masked) is drawn from a generator
+seeded with (seed, epoch, picture). A run can therefore be stopped and resumed anywhere, on any number of loader workers
+or processes, and each picture is still seen exactly as it would have been.
+"""
+
+import json
+import math
+import os
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import BertWordPieceTokenizer
+from tqdm import tqdm
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SHORT_SIDES = tuple(range(480, 801, 32))  # scale augmentation (section 4.2): 480, 512 ... 800
+LONG_SIDE = 1333
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line that names it and says what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Word pieces
+
+
+class Tokenizer:
+    """BERT's WordPiece (lower case) from a vocabulary: a vocab.txt, one piece a line, or a list of pieces."""
+
+    def __init__(self, vocabulary, max_tokens=40):
+        name = vocabulary if isinstance(vocabulary, (str, os.PathLike)) else "vocabulary"
+        if name != "vocabulary":
+            try:
+                with open(name, encoding="utf-8") as file:
+                    vocabulary = file.read().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"--vocab {name}: cannot be read ({error}); "
+                                 "give the vocab.txt of bert-base-uncased") from None
+        for piece in SPECIAL:
+            if piece not in vocabulary:
+                raise InputError(f"--vocab {name}: has no {piece}; give a WordPiece vocabulary like BERT's vocab.txt")
+        self.vocabulary = list(vocabulary)
+        numbers = {piece: i for i, piece in enumerate(self.vocabulary)}
+        if len(numbers) < len(self.vocabulary):
+            raise InputError(f"--vocab {name}: {len(self.vocabulary) - len(numbers)} pieces stand in it twice")
+        self.max_tokens = max_tokens
+        self.pad, self.unk, self.cls, self.sep, self.mask = (numbers[piece] for piece in SPECIAL)
+        self.wordpiece = BertWordPieceTokenizer(numbers, lowercase=True)
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    def encode(self, sentence):
+        """A sentence -> [CLS] w1 .. wm [SEP] as a list of numbers, at most max_tokens of them."""
+        pieces = self.wordpiece.encode(sentence, add_special_tokens=False).ids
+        return [self.cls, *pieces[:self.max_tokens - 2], self.sep]
+
+    def decode(self, tokens):
+        """Numbers -> text, without the special pieces."""
+        return self.wordpiece.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Readers of the official files
+
+
+@dataclass(slots=True)
+class Picture:
+    """One distinct picture with all that is known about it. Boxes are (n, 4) float32 cxcywh as fractions of it."""
+
+    name: str                 # what messages call it: "coco 139", "vg 2"
+    file: str
+    size: tuple               # (height, width) as its record says
+    sentences: list = field(default_factory=list)
+    coco: tuple = None        # (boxes, labels (n,) int64), or None where COCO has not annotated it
+    vg: tuple = None          # (boxes, labels, attributes: a tuple of numbers for each box), or None
+
+
+def read_json(path, purpose):
+    """A JSON file. Raises InputError that names the file, what it is needed for, and the place of an error in it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found, needed for {purpose}; the README's data tree says where it comes "
+                         "from") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); it may be cut off, download it again") from None
+
+
+def records(path, thing, key=None):
+    """The list of records under `key` of a file's JSON (or the JSON itself), each a dictionary, or InputError."""
+    found = thing.get(key) if key is not None and isinstance(thing, dict) else thing if key is None else None
+    if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
+        raise InputError(f"{path}: expected a list of records{f' under {key!r}' if key else ''}; is it another file?")
+    return found
+
+
+def take(record, key, kind, path):
+    """record[key], checked to be of a kind; InputError names the file and record."""
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, float) and not
+                                                                  math.isfinite(value)):
+        name = next((f"{k} {record[k]}" for k in ("id", "image_id", "object_id") if k in record), str(record)[:60])
+        raise InputError(f"{path}: record {name}: {key!r} is {str(value)[:40]!r}, which is not usable; "
+                         "mend or remove the record")
+    return value
+
+
+def as_fractions(box, width, height):
+    """x, y, w, h in pixels -> cx, cy, w, h in fractions, clipped to the picture, or None if nothing of it is inside."""
+    x0, y0, w, h = box
+    x1, y1 = min(x0 + w, width), min(y0 + h, height)
+    x0, y0 = max(x0, 0), max(y0, 0)
+    if not (x1 > x0 and y1 > y0):
+        return None
+    return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
+
+
+def on_disk(folder):
+    """The names in a folder; one listing is quicker than asking for 100,000 files one at a time."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder}: no such folder; unpack the pictures there (see the README's data tree)") from None
+
+
+def read_coco(data, split, say=print):
+    """COCO 2017 instances and captions of "train" or "val": ({picture id: Picture}, [category names]).
+
+    Crowd boxes are left out. A few boxes of the real files have no area: they are left out and counted, but more than
+    one in ten thousand is an error, because then the file itself is wrong.
+    """
+    path = f"{data}/coco/annotations/instances_{split}2017.json"
+    instances = read_json(path, "detection on COCO")
+    folder = f"{data}/coco/{split}2017"
+    names = on_disk(folder)
+    pictures, missing = {}, []
+    for r in records(path, instances, "images"):
+        number, name = take(r, "id", int, path), os.path.basename(take(r, "file_name", str, path))
+        size = (take(r, "height", int, path), take(r, "width", int, path))
+        if min(size) < 1:
+            raise InputError(f"{path}: image {number}: height and width are {size}")
+        if name in names:
+            pictures[number] = Picture(f"coco {number}", f"{folder}/{name}", size, coco=([], []))
+        else:
+            missing.append(name)
+    if missing:
+        say(f"{folder}: {len(missing)} pictures of {path} are not there, the first is {missing[0]}; left out")
+    if not pictures:
+        raise InputError(f"{folder}: holds none of the pictures of {path}; unpack them there")
+    categories = sorted(records(path, instances, "categories"), key=lambda r: take(r, "id", int, path))
+    label_of = {r["id"]: i for i, r in enumerate(categories)}
+    bad, count, left_out = [], 0, {r["id"] for r in instances["images"]} - set(pictures)
+    for r in records(path, instances, "annotations"):
+        number = take(r, "image_id", int, path)
+        if r.get("iscrowd") or number in left_out:
+            continue
+        if number not in pictures:
+            raise InputError(f"{path}: annotation {r.get('id')}: unknown image_id {number}")
+        if r.get("category_id") not in label_of:
+            raise InputError(f"{path}: annotation {r.get('id')}: unknown category_id {r.get('category_id')}")
+        box = r.get("bbox")
+        numeric = isinstance(box, list) and len(box) == 4 and all(
+            isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        h, w = pictures[number].size
+        box = as_fractions(box, w, h) if numeric else None
+        count += 1
+        if box is None:
+            bad.append(f"annotation {r.get('id')}: bbox {r.get('bbox')} in a picture of {w} x {h}")
+        else:
+            pictures[number].coco[0].append(box)
+            pictures[number].coco[1].append(label_of[r["category_id"]])
+    if len(bad) > count / 10000:
+        raise InputError(f"{path}: {bad[0]} is empty or outside (so are {len(bad) - 1} more of {count}); "
+                         "mend or remove the record")
+    if bad:
+        say(f"{path}: left out {len(bad)} of {count} boxes, the first is {bad[0]}")
+    path = f"{data}/coco/annotations/captions_{split}2017.json"
+    for r in records(path, read_json(path, "COCO captions"), "annotations"):
+        if r.get("image_id") in pictures and take(r, "caption", str, path).strip():
+            pictures[r["image_id"]].sentences.append(r["caption"].strip())
+    for p in pictures.values():
+        p.coco = (np.array(p.coco[0], np.float32).reshape(-1, 4), np.array(p.coco[1], np.int64))
+    return pictures, [take(r, "name", str, path) for r in categories]
+
+
+def read_names(path):
+    """A word list of bottom-up-attention: [[name, synonym ...] for each line]."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file.read().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); it is part of bottom-up-attention's "
+                         "data/genome/1600-400-20") from None
+    return [[name.strip().lower() for name in line.split(",")] for line in lines if line]
+
+
+def read_vg(data, say=print):
+    """Visual Genome: ({picture id: Picture}, {picture id: (coco_id, flickr_id)}, object names, attribute names).
+
+    Its flaws are many and known: boxes outside the picture, names outside the 1,600, pictures that are not there. They
+    are left out and counted. A name's synonyms count as the name; an object with several names has the first known.
+    """
+    folder = f"{data}/vg"
+    objects, attributes = read_names(f"{folder}/objects_vocab.txt"), read_names(f"{folder}/attributes_vocab.txt")
+    label_of = {name: i for i, line in reversed(list(enumerate(objects))) for name in line}
+    attribute_of = {name: i for i, line in reversed(list(enumerate(attributes))) for name in line}
+    names = {part: on_disk(f"{folder}/{part}") for part in ("VG_100K", "VG_100K_2")
+             if os.path.isdir(f"{folder}/{part}")}
+    pictures, same, missing = {}, {}, []
+    path = f"{folder}/image_data.json"
+    for r in records(path, read_json(path, "Visual Genome")):
+        number = take(r, "image_id", int, path)
+        size = (take(r, "height", int, path), take(r, "width", int, path))
+        file = next((f"{folder}/{part}/{number}.jpg" for part in names if f"{number}.jpg" in names[part]), None)
+        if file is None:
+            missing.append(number)
+        else:
+            pictures[number] = Picture(f"vg {number}", file, size, vg=([], [], []))
+            same[number] = (r.get("coco_id"), r.get("flickr_id"))
+    if missing:
+        say(f"{folder}: {len(missing)} pictures of image_data.json are not there, the first is {missing[0]}.jpg; "
+            "left out")
+    if not pictures:
+        raise InputError(f"{folder}: neither VG_100K nor VG_100K_2 holds a picture of image_data.json; unpack them")
+    path = f"{folder}/attributes.json"
+    has = {}
+    for r in tqdm(records(path, read_json(path, "attributes")), "attributes", disable=None, leave=False):
+        for o in records(path, r, "attributes"):
+            if o.get("attributes"):
+                has[o.get("object_id")] = tuple(sorted({
+                    attribute_of[a] for a in (str(a).strip().lower() for a in o["attributes"]) if a in attribute_of}))
+    path = f"{folder}/objects.json"
+    outside = unknown = count = 0
+    for r in records(path, read_json(path, "detection on Visual Genome")):
+        picture = pictures.get(r.get("image_id"))
+        for o in records(path, r, "objects") if picture else ():
+            count += 1
+            known = (n for n in (str(n).strip().lower() for n in o.get("names") or ()) if n in label_of)
+            label = label_of.get(next(known, None))
+            box = [take(o, key, (int, float), path) for key in "xywh"]
+            box = as_fractions(box, picture.size[1], picture.size[0])
+            if box is None:
+                outside += 1
+            elif label is None:
+                unknown += 1
+            else:
+                for values, value in zip(picture.vg, (box, label, has.get(o.get("object_id"), ()))):
+                    values.append(value)
+    if outside or unknown:
+        say(f"{path}: of {count} boxes left out {outside} empty or outside, {unknown} whose name is not in "
+            "objects_vocab.txt")
+    path = f"{folder}/region_descriptions.json"
+    for r in records(path, read_json(path, "Visual Genome's sentences")):
+        regions = records(path, r, "regions")
+        picture = pictures.get(r.get("id", regions[0].get("image_id") if regions else None))
+        for region in regions if picture else ():
+            phrase = region.get("phrase")
+            if isinstance(phrase, str) and phrase.strip():
+                picture.sentences.append(phrase.strip())
+    for p in pictures.values():
+        boxes, labels, attributes_of_boxes = p.vg
+        p.vg = (np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), attributes_of_boxes)
+    return pictures, same, objects, attributes
+
+
+def held_out(data, say=print):
+    """(COCO ids, Flickr ids) of pictures that no training may see: val2017, and Karpathy's val and test splits."""
+    coco, flickr = set(), set()
+    path = f"{data}/coco/annotations/instances_val2017.json"
+    if os.path.exists(path):
+        coco |= {r.get("id") for r in records(path, read_json(path, "the held-out pictures"), "images")}
+    for name, ids, number in (
+            ("coco/dataset_coco.json", coco, lambda r: r.get("cocoid")),
+            ("flickr30k/dataset_flickr30k.json", flickr, lambda r: int(os.path.splitext(r["filename"])[0]))):
+        path = f"{data}/{name}"
+        if not os.path.exists(path):
+            say(f"{path}: not there, so its val and test pictures cannot be kept out of pre-training")
+            continue
+        for r in records(path, read_json(path, "Karpathy's splits"), "images"):
+            if r.get("split") in ("val", "test"):
+                try:
+                    ids.add(number(r))
+                except (KeyError, ValueError, TypeError):
+                    raise InputError(f"{path}: record {str(r)[:60]}: has no usable picture number") from None
+    return coco, flickr
+
+
+def read_pretraining(data, sets=("coco", "vg"), say=print):
+    """All that pre-training needs (section 4.1): a dict of
+    train: [Picture]; val: [Picture], COCO val2017 less Karpathy's test pictures, with their Visual Genome annotation;
+    names: {"coco": [...], "vg": [...], "attributes": [...]}, a name with its synonyms separated by commas.
+
+    A picture that is in both sets is one picture with the sentences of both. Pictures of any test set are left out.
+    """
+    if not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder; the README's data tree says what belongs in it")
+    known = ("coco", "vg")
+    coco_out, flickr_out = held_out(data, say)
+    train, val, names = {}, {}, {"coco": [], "vg": [], "attributes": []}
+    if "coco" in sets:
+        train, names["coco"] = read_coco(data, "train", say)
+        val, val_names = read_coco(data, "val", say)
+        if val_names != names["coco"]:
+            raise InputError(f"{data}/coco/annotations: train2017 and val2017 have different categories")
+        leaking = [i for i in train if i in coco_out]
+        for i in leaking:
+            del train[i]
+        if leaking:
+            say(f"coco: {len(leaking)} pictures of train2017 are in a val or test split; left out")
+    vg_only = []
+    if "vg" in sets:
+        vg, same, objects, attributes = read_vg(data, say)
+        names["vg"], names["attributes"] = [",".join(n) for n in objects], [",".join(n) for n in attributes]
+        leaking = 0
+        for number, picture in vg.items():
+            coco_id, flickr_id = same[number]
+            partner = train.get(coco_id) or val.get(coco_id) if coco_id is not None else None
+            if partner is not None:
+                partner.vg = picture.vg
+                partner.sentences += picture.sentences
+            elif coco_id in coco_out or flickr_id in flickr_out:
+                leaking += 1
+            else:
+                vg_only.append(picture)
+        if leaking:
+            say(f"vg: {leaking} pictures are in a val or test split; left out")
+    path = f"{data}/coco/dataset_coco.json"
+    if os.path.exists(path):
+        test = {r.get("cocoid") for r in read_json(path, "Karpathy's splits")["images"] if r.get("split") == "test"}
+        val = {i: p for i, p in val.items() if i not in test}
+    assert set(sets) <= set(known)
+    train = list(train.values()) + vg_only
+    silent = [p for p in train if not p.sentences]
+    train = [p for p in train if p.sentences]
+    if silent:
+        say(f"{len(silent)} pictures have no sentence, the first is {silent[0].name}; left out")
+    if not train:
+        raise InputError(f"--data {data}: no picture to train on is left")
+    return {"train": train, "val": [p for p in val.values() if p.sentences], "names": names}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def load_picture(path):
+    """An RGB picture, pixels as stored (COCO's boxes are for those, so an EXIF rotation is not applied)."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def resized(height, width, short, long=LONG_SIDE):
+    """(height, width) after scaling the shorter side to `short`, or less if the longer would pass `long` (DETR)."""
+    scale = min(short / min(height, width), long / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def to_pixels(image, short, long=LONG_SIDE):
+    """PIL image -> (3, H, W) uint8. The model normalises on the device: uint8 is a quarter of the way to carry."""
+    height, width = resized(image.height, image.width, short, long)
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The inputs of the four tasks
+
+
+def mask_words(tokens, tokenizer, rng, share=0.15):
+    """Masked language modelling as in BERT: (input, labels); labels are -1 where nothing is to be guessed.
+
+    Each word is chosen on its own with probability 0.15; of the chosen, 80 % become [MASK], 10 % a random piece and
+    10 % stay, so that the model can never trust the word it sees. [CLS] and [SEP] are never chosen.
+    """
+    tokens, labels = list(tokens), [-1] * len(tokens)
+    for i, token in enumerate(tokens):
+        if token in (tokenizer.cls, tokenizer.sep) or rng.random() >= share:
+            continue
+        labels[i] = token
+        chance = rng.random()
+        if chance < 0.8:
+            tokens[i] = tokenizer.mask
+        elif chance < 0.9:
+            tokens[i] = rng.randrange(len(tokenizer))
+    return tokens, labels
+
+
+class PretrainingSet(torch.utils.data.Dataset):
+    """Pictures with all that the four losses need. Items are asked for as (epoch, index), see the module's docstring.
+
+    A picture that does not decode is replaced by the next one, and named under "broken" for the training loop, which
+    counts: one among 180,000 is not the end, a folder full of them is.
+    """
+
+    def __init__(self, pictures, tokenizer, attributes, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
+                 sentences_per_picture=1, without_sentence=0.25, seed=0):
+        self.pictures, self.tokenizer, self.attributes, self.seed = pictures, tokenizer, attributes, seed
+        self.short_sides, self.long_side = tuple(short_sides), long_side
+        self.K, self.without_sentence = sentences_per_picture, without_sentence
+        self.known = [{s.lower() for s in p.sentences} for p in pictures]
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        broken = []
+        for attempt in range(len(self.pictures)):
+            try:
+                image = load_picture(self.pictures[index].file)
+                break
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+                broken.append(f"{self.pictures[index].file}: {error}")
+                index = (index + 1) % len(self.pictures)
+                if attempt == 20:
+                    raise InputError(f"{broken[0]} (so it goes with 20 more): cannot be decoded; mend or remove the "
+                                     "pictures") from None
+        else:
+            raise InputError(f"{broken[0]}: cannot be decoded, nor can any other picture")
+        picture = self.pictures[index]
+        image = to_pixels(image, rng.choice(self.short_sides), self.long_side)
+        enough = len(picture.sentences) >= self.K
+        own = rng.sample(picture.sentences, self.K) if enough else rng.choices(picture.sentences, k=self.K)
+        tokens, mlm_labels, itm_labels, captions = [], [], [], []
+        for sentence in own:
+            captions.append(self.tokenizer.encode(sentence))  # the captioning target is always the picture's own
+            matched = rng.random() < 0.5
+            other = None if matched else self.other_sentence(index, rng)
+            if other is None:
+                # Words are only asked for where the sentence is true of the picture: the picture of a mismatched pair
+                # would teach the model to ignore it.
+                pieces, labels = mask_words(captions[-1], self.tokenizer, rng)
+            else:
+                pieces = self.tokenizer.encode(other)
+                labels = [-1] * len(pieces)
+            tokens.append(pieces)
+            mlm_labels.append(labels)
+            itm_labels.append(int(other is None))
+        return {"image": image, "tokens": tokens, "mlm_labels": mlm_labels, "itm_labels": itm_labels,
+                "captions": captions, "no_sentence": rng.random() < self.without_sentence,
+                "target": self.target(picture, rng), "index": index, "broken": broken}
+
+    def other_sentence(self, index, rng):
+        """A sentence of another picture that is none of this one's; None if a hundred draws find none."""
+        for _ in range(100):
+            other = rng.randrange(len(self.pictures))
+            sentence = rng.choice(self.pictures[other].sentences)
+            if other != index and sentence.lower() not in self.known[index]:
+                return sentence
+        return None
+
+    def target(self, picture, rng):
+        """What the set loss compares with. A picture in both sets draws anew whose annotation it trains."""
+        source = rng.choice([name for name in ("coco", "vg") if getattr(picture, name) is not None])
+        boxes, labels, *attributes = getattr(picture, source)
+        target = {"source": source, "boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        if source == "vg":
+            target["attributes"] = torch.zeros(len(boxes), self.attributes)
+            for row, numbers in enumerate(attributes[0]):
+                target["attributes"][row, list(numbers)] = 1
+        return target
+
+
+def pad_pictures(images):
+    """[(3, h, w) uint8] -> (B, 3, H, W) padded right and below with zeros, sizes (B, 2) int64 (height, width)."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    padded = torch.zeros(len(images), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for row, image in zip(padded, images):
+        row[:, :image.shape[1], :image.shape[2]] = image
+    return padded, sizes
+
+
+def pad_tokens(lists, pad):
+    """B lists of K lists of numbers -> (B, K, T) int64, filled up with `pad`."""
+    longest = max(len(tokens) for row in lists for tokens in row)
+    return torch.tensor([[tokens + [pad] * (longest - len(tokens)) for tokens in row] for row in lists])
+
+
+def collate(items, pad):
+    """Items of PretrainingSet -> a batch: images (B, 3, H, W) uint8, sizes (B, 2), tokens, mlm_labels (B, K, T) (-1 =
+    nothing to guess), captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the picture),
+    no_sentence (B,) (True = detection without a sentence), targets: a list of B dicts, see matcher.set_loss.
+    """
+    images, sizes = pad_pictures([item["image"] for item in items])
+    return {"images": images, "sizes": sizes, "tokens": pad_tokens([item["tokens"] for item in items], pad),
+            "mlm_labels": pad_tokens([item["mlm_labels"] for item in items], -1),
+            "captions": pad_tokens([item["captions"] for item in items], pad),
+            "itm_labels": torch.tensor([item["itm_labels"] for item in items]),
+            "no_sentence": torch.tensor([item["no_sentence"] for item in items]),
+            "targets": [item["target"] for item in items], "index": [item["index"] for item in items],
+            "broken": [name for item in items for name in item["broken"]]}
+
+
+class Batches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) for one process: a pure function of seed, epoch and rank, endless from `start`.
+
+    Each epoch is one pass over all pictures. Pictures of similar shape go together, so that little is padded: the
+    shuffled pictures are cut into pieces of 16 batches, sorted by shape within a piece, cut into batches, and those
+    are shuffled. The last batch of an epoch is filled up with the epoch's first pictures. A batch is the total one of all
+    processes; its `accumulate` parts for each process follow one another.
+    """
+
+    def __init__(self, shapes, batch, *, parts=1, rank=0, world=1, seed=0, start=0):
+        """shapes: (height, width) of each picture; batch: the total; start: the number of batches already done."""
+        self.ratios = [w / h for h, w in shapes]
+        self.batch, self.parts, self.rank, self.world = batch, parts, rank, world
+        self.seed, self.start = seed, start
+        self.per_epoch = math.ceil(len(shapes) / batch)
+
+    def epoch(self, epoch):
+        """The epoch's total batches: lists of picture numbers."""
+        rng = random.Random(f"{self.seed} {epoch}")
+        order = list(range(len(self.ratios)))
+        rng.shuffle(order)
+        order += [order[i % len(order)] for i in range(-len(order) % self.batch)]
+        piece = 16 * self.batch
+        order = [i for at in range(0, len(order), piece)
+                 for i in sorted(order[at:at + piece], key=self.ratios.__getitem__)]
+        batches = [order[at:at + self.batch] for at in range(0, len(order), self.batch)]
+        rng.shuffle(batches)
+        return batches
+
+    def __iter__(self):
+        epoch, skip = divmod(self.start, self.per_epoch)
+        size = self.batch // self.world // self.parts
+        while True:
+            for batch in self.epoch(epoch)[skip:]:
+                for part in range(self.parts):
+                    at = (part * self.world + self.rank) * size
+                    yield [(epoch, index) for index in batch[at:at + size]]
+            epoch, skip = epoch + 1, 0

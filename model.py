@@ -1,0 +1,573 @@
+"""E2E-VLP, the whole architecture (paper: Xu et al., ACL 2021): one transformer that reads a picture with a sentence.
+
+Read from top to bottom. A picture and a sentence go through it like this (B pictures, T word pieces, S = H * W cells):
+
+    pixels (B, 3, H0, W0) -> Backbone -> grid (B, S, D) --+--> encoder -> MLM, ITM              (section 3.1.2)
+    word pieces (B, T) -> SentenceEmbedding (B, T, D) ----+       |
+                                                                  +--> decoder + queries -> objects (section 3.1.3)
+    grid alone -------------------------------------> encoder -------> decoder + words -> caption (section 3.1.3)
+
+Departures from the paper, each with its reason in the README's table of choices:
+  - 256 units do not divide into 12 heads: a head is 32 wide, so attention projects 256 -> 384 -> 256;
+  - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes of Table 5);
+  - the caption is decoded from a second pass of the encoder over the picture alone, so that it cannot see itself.
+
+Masks: everywhere in this project True means "there is something here" (a real word, a real picture cell, may be
+attended to) and False means padding. That is what F.scaled_dot_product_attention expects of a boolean mask; it is the
+opposite of nn.MultiheadAttention's key_padding_mask and of DETR's NestedTensor.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from data import IMAGE_MEAN, IMAGE_STD, InputError
+
+BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
+
+
+@dataclass
+class Config:
+    """Everything that is needed to build the model again; it travels inside the checkpoint. Defaults: section 4.2."""
+
+    backbone: str = "r50"           # r18, r34, r50, r101 or r152
+    stride: int = 32                # pixels per grid cell: 32 ends the ResNet at C5 (the paper), 16 ends it at C4
+    frozen_batch_norm: bool = True  # True with ImageNet weights; statistics of an untrained ResNet must not be frozen
+    width: int = 256                # D: hidden units
+    heads: int = 12
+    head_width: int = 32
+    feed_forward: int = 1024
+    encoder_layers: int = 12
+    decoder_layers: int = 6
+    queries: int = 100              # the largest number of objects that can be found in one picture
+    dropout: float = 0.1
+    vocabulary: int = 30522         # word pieces
+    max_tokens: int = 40            # [CLS] and [SEP] included
+    classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # label set -> classes, without no-object
+    attributes: int = 400
+    pad: int = 0                    # word pieces with a meaning of their own; their numbers depend on the vocabulary
+    cls: int = 101
+    sep: int = 102
+    mask: int = 103
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The picture: section 3.1.1, "Image Representations"
+
+
+class Backbone(nn.Module):
+    """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D channels.
+
+    Stride 32 ends at C5 (2048 channels for r50 and deeper). Stride 16 ends at C4, so that a picture of 64 x 64 pixels
+    still has 4 x 4 cells. The other way to that grid, DETR's DC5, dilates the last stage instead; it keeps the
+    parameters but makes the last stage, already the widest, four times as costly. Leaving it out makes it cheaper.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.backbone not in BACKBONES:
+            raise InputError(f"--backbone {config.backbone}: unknown; choose one of {', '.join(BACKBONES)}")
+        if config.stride not in (16, 32):
+            raise InputError(f"--stride {config.stride}: unknown; choose 16 or 32")
+        self.architecture = BACKBONES[config.backbone]
+        norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+        resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
+        resnet.fc = resnet.avgpool = None
+        channels = {32: 512, 16: 256}[config.stride] * (1 if config.backbone in ("r18", "r34") else 4)
+        if config.stride == 16:
+            resnet.layer4 = None
+        self.resnet = resnet
+        self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img" in the paper
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
+        # Pictures of one batch have different sizes and are padded with zeros at the right and the bottom. Those zeros
+        # do not stay zero: batch norm adds its shift everywhere, and the next 3x3 convolution carries it over the
+        # border into the picture, so a picture's result would depend on what it was batched with. Setting the padding
+        # back to zero before each layer that looks at its neighbours makes it equal to the border that the picture
+        # would have alone. 1x1 convolutions look at nobody and need nothing.
+        self._masks = None
+        for module in resnet.modules():
+            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size not in (1, (1, 1)):
+                module.register_forward_pre_hook(self._zero_the_padding)
+
+    def _zero_the_padding(self, module, inputs):
+        if self._masks is not None:
+            return inputs[0] * self._masks[inputs[0].shape[-2:]]
+
+    def forward(self, images, sizes):
+        """images (B, 3, H0, W0) uint8 RGB padded right and below; sizes (B, 2) int64: the true height and width.
+
+        Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is picture.
+        """
+        H0, W0 = images.shape[-2:]
+        rows = torch.arange(H0, device=images.device)[None, :, None] < sizes[:, 0, None, None]     # (B, H0, 1)
+        columns = torch.arange(W0, device=images.device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
+        mask = rows & columns                                                                      # (B, H0, W0)
+        padded = not bool(mask.all())
+        x = (images.float() / 255 - self.mean) / self.std
+        levels = {}
+        for _ in range(5 if self.resnet.layer4 is not None else 4):
+            levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
+            # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
+            mask = mask[:, ::2, ::2]
+        self._masks = levels if padded else None  # a batch without padding pays nothing
+        net = self.resnet
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # (B, 64, H0 / 4, W0 / 4)
+        x = net.layer3(net.layer2(net.layer1(x)))         # (B, C, H0 / 16, W0 / 16)
+        if net.layer4 is not None:
+            x = net.layer4(x)                             # (B, C, H0 / 32, W0 / 32)
+        self._masks = None
+        assert x.shape[-2:] == mask.shape[-2:]
+        return self.project(x), mask
+
+    def load_weights(self, weights):
+        """Load ImageNet weights: "imagenet" (torchvision's, downloaded once) or a file with a torchvision state dict.
+
+        Raises InputError with one line of advice if there is neither network nor file, or the file does not fit.
+        """
+        name = self.architecture
+        if weights == "imagenet":
+            weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+            place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+            try:
+                state = weights.get_state_dict(check_hash=True, progress=False)
+            except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
+                raise InputError(f"no ImageNet weights for {name} ({error}): download {weights.url} to {place}, "
+                                 "or give --backbone-weights FILE, or --backbone-weights none") from None
+        else:
+            state = load_file(weights, "--backbone-weights")
+        own = self.resnet.state_dict()
+        wrong = [k for k in own if "num_batches_tracked" not in k and (
+            k not in state or not torch.is_tensor(state[k]) or state[k].shape != own[k].shape)]
+        if wrong:
+            raise InputError(f"--backbone-weights {weights}: not a torchvision state dict of {name} "
+                             f"({len(wrong)} tensors missing or of another shape, the first is {wrong[0]})")
+        self.resnet.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+
+
+def sine_positions(mask, width):
+    """Fixed 2-D sine positions as in DETR. mask (B, H, W) bool, True = picture; returns (B, H * W, width) float32.
+
+    Half of the channels tell the row, half the column, as sines and cosines of growing wavelength. Rows and columns are
+    counted over the unpadded area and scaled to 0 .. 2 pi, so a cell at the right border reads the same for each size.
+    """
+    B, H, W = mask.shape
+    counted = mask.float()
+    y = counted.cumsum(1)  # 1, 2, 3 ... down the picture
+    x = counted.cumsum(2)
+    y = y / y[:, -1:, :].clamp(min=1) * 2 * math.pi
+    x = x / x[:, :, -1:].clamp(min=1) * 2 * math.pi
+    quarter = width // 4
+    wavelength = 10000 ** (torch.arange(quarter, device=mask.device) / quarter)
+    y, x = y[..., None] / wavelength, x[..., None] / wavelength  # (B, H, W, width / 4)
+    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).view(B, H * W, width)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The sentence: section 3.1.1, "Sentence Embeddings"
+
+
+class SentenceEmbedding(nn.Module):
+    """Token + segment + position embedding, summed and layer-normalised, as in BERT."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
+        self.segment = nn.Embedding(2, config.width)  # two kinds as in BERT; a picture's sentence is always kind 0
+        self.position = nn.Embedding(config.max_tokens, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens, start=0):
+        """tokens (B, T) int64 -> (B, T, D). start: position of the first one (words are generated one at a time)."""
+        T = tokens.shape[1]
+        position = self.position.weight[start:start + T]
+        return self.dropout(self.norm(self.token(tokens) + self.segment.weight[0] + position))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The transformer: sections 3.1.2 and 3.1.3
+
+
+class Attention(nn.Module):
+    """Multi-head attention; heads * head_width need not equal the width of the model."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner = config.heads * config.head_width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.q = nn.Linear(config.width, inner)
+        self.k = nn.Linear(config.width, inner)
+        self.v = nn.Linear(config.width, inner)
+        self.out = nn.Linear(inner, config.width)
+
+    def split(self, x):
+        B, T, inner = x.shape
+        return x.view(B, T, self.heads, inner // self.heads).transpose(1, 2)  # (B, heads, T, head_width)
+
+    def keys_values(self, key, value):
+        """(B, S, D) twice -> what may be computed once and kept while words are generated: (k, v), (B, heads, S, w)."""
+        return self.split(self.k(key)), self.split(self.v(value))
+
+    def forward(self, query, keys_values, mask=None, causal=False):
+        """query (B, T, D); mask (B, S) bool, True = may be attended to; causal: position t sees positions <= t."""
+        k, v = keys_values
+        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, S): the same for all heads and queries
+        x = F.scaled_dot_product_attention(self.split(self.q(query)), k, v, attn_mask=mask, is_causal=causal,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, config):
+        super().__init__(nn.Linear(config.width, config.feed_forward), nn.GELU(), nn.Dropout(config.dropout),
+                         nn.Linear(config.feed_forward, config.width))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by residual and norm ("post-norm", as in BERT and DETR)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, positions, mask):
+        # Positions go to queries and keys but not to values: they decide who looks at whom; what is carried along is
+        # content alone. And they go in at each layer, because post-norm layers soon wash out what was added once.
+        where = x + positions
+        x = self.norm1(x + self.dropout(self.attention(where, self.attention.keys_values(where, x), mask)))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the things being decoded, cross-attention to the encoding, feed-forward.
+
+    One set of parameters serves both uses (section 3.1.3): object queries, which see each other freely, and the words
+    of a caption, which see only the words before them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attention, self.cross_attention = Attention(config), Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(config.width) for _ in range(3))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, query_positions, memory, causal=False, cache=None):
+        """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
+        where = x + query_positions
+        own = self.self_attention.keys_values(where, x)
+        if cache is not None:  # x is only the newest word: its keys and values join those of the words before it
+            if "own" in cache:
+                own = tuple(torch.cat([old, new], dim=2) for old, new in zip(cache["own"], own))
+            cache["own"], causal = own, False  # the newest word may see all there is
+        x = self.norm1(x + self.dropout(self.self_attention(where, own, causal=causal)))
+        if cache is None:
+            seen = self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
+        else:  # the encoding does not change from word to word
+            if "seen" not in cache:
+                cache["seen"] = self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
+            seen = cache["seen"]
+        x = self.norm2(x + self.dropout(self.cross_attention(x + query_positions, seen, memory.mask)))
+        return self.norm3(x + self.dropout(self.feed_forward(x)))
+
+
+@dataclass
+class Memory:
+    """A sequence of states with the positions to add to queries and keys, and its mask (True = there, None = all)."""
+
+    states: torch.Tensor     # (B, S, D)
+    positions: torch.Tensor  # (B, S, D); zero for words, whose positions are in their embedding already
+    mask: torch.Tensor       # (B, S) bool or None
+
+    def repeat(self, n):
+        """Each picture n times in a row: (B * n, S, D)."""
+        if n == 1:
+            return self
+        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        return Memory(self.states.repeat_interleave(n, 0), self.positions.repeat_interleave(n, 0), mask)
+
+
+class MLP(nn.Sequential):
+    """Three linear layers with ReLU between, DETR's box head."""
+
+    def __init__(self, width, out):
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+class E2EVLP(nn.Module):
+    """The model. `forward` runs what pre-training needs; the parts are public for the other stages."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.backbone = Backbone(c)
+        self.sentence = SentenceEmbedding(c)
+        self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
+        # An object query is a learned position in "the space of possible objects", not a place in the picture: training
+        # makes one ask "what is large and left of the middle?", another "what small thing is at the top?".
+        self.query_positions = nn.Embedding(c.queries, c.width)
+        # Heads of the encoder (section 3.1.2)
+        self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
+        self.mlm_bias = nn.Parameter(torch.zeros(c.vocabulary))  # the matrix is the token embedding: "tied"
+        self.itm = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh(), nn.Linear(c.width, 2))
+        # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class means "no object"
+        self.classes = nn.ModuleDict({name: nn.Linear(c.width, n + 1) for name, n in c.classes.items()})
+        self.box = MLP(c.width, 4)
+        self.attribute = nn.Linear(c.width, c.attributes)
+        self.caption = nn.Linear(c.width, c.vocabulary)
+        self.initialise()
+
+    def initialise(self):
+        """Xavier for matrices (DETR), normal 0.02 for embeddings (BERT); the ResNet keeps torchvision's own."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("backbone.resnet"):
+                continue
+            if name.startswith("sentence.") and parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "query_positions.weight" and parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+        with torch.no_grad():
+            self.sentence.token.weight[self.config.pad].zero_()
+
+    # -- encoding ------------------------------------------------------------------------------------------------
+
+    def encode_picture(self, images, sizes):
+        """Pixels to grid: (B, 3, H0, W0) uint8, (B, 2) -> Memory of S = H * W cells. The costly part; runs once."""
+        grid, mask = self.backbone(images, sizes)                     # (B, D, H, W), (B, H, W)
+        positions = sine_positions(mask, grid.shape[1]).to(grid.dtype)
+        mask = mask.flatten(1)                                        # (B, S)
+        return Memory(grid.flatten(2).transpose(1, 2), positions, None if bool(mask.all()) else mask)
+
+    def encode(self, grid, tokens=None):
+        """The cross-modal encoder over [CLS] w1 .. wm [SEP] o1 .. oS (section 3.1.2), or over the picture alone.
+
+        grid: Memory of B pictures; tokens (B, T) int64 padded with config.pad, or None. Returns the Memory of T + S
+        (or S) states; with tokens, states[:, 0] is [CLS] and states[:, :T] the words.
+        """
+        x, positions, mask = grid.states, grid.positions, grid.mask
+        if tokens is not None:
+            words = self.sentence(tokens).to(x.dtype)
+            there = tokens != self.config.pad                         # (B, T), True = a word
+            cells = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+            x = torch.cat([words, x], dim=1)                          # (B, T + S, D)
+            positions = torch.cat([torch.zeros_like(words), positions], dim=1)
+            mask = torch.cat([there, cells], dim=1)                   # (B, T + S)
+        for layer in self.encoder:
+            x = layer(x, positions, mask)
+        return Memory(x, positions, mask)
+
+    # -- the decoder's two uses ----------------------------------------------------------------------------------
+
+    def decode_objects(self, memory):
+        """Detection: (L, B, Q, D), the output after each of the L layers, for auxiliary losses."""
+        B = memory.states.shape[0]
+        # Why zero targets? A query starts with no content at all, only with its position; what it is about comes from
+        # the encoding by cross-attention. (DETR names these zeros `tgt`.)
+        x = memory.states.new_zeros(B, self.config.queries, self.config.width)
+        outputs = []
+        for layer in self.decoder:
+            x = layer(x, self.query_positions.weight, memory)
+            outputs.append(x)
+        return torch.stack(outputs)
+
+    def detect(self, memory):
+        """Objects in the encoding: a dict of
+        logits: {label set: (L, B, Q, classes + 1)}, boxes: (L, B, Q, 4) cxcywh in 0..1 of the unpadded picture,
+        attributes: (L, B, Q, A) logits. Layer L - 1 is the answer, the others are for the auxiliary losses.
+        """
+        x = self.decode_objects(memory)
+        return {"logits": {name: head(x) for name, head in self.classes.items()},
+                "boxes": self.box(x).float().sigmoid(), "attributes": self.attribute(x)}
+
+    def decode_caption(self, memory, tokens, caches=None, start=0):
+        """Caption logits (B, T, V) for the word after each of tokens (B, T), which begin with [CLS] (Eq. 2).
+
+        memory must be an encoding of the picture alone: had the encoder seen the sentence, the decoder could copy it.
+        """
+        x = self.sentence(tokens, start).to(memory.states.dtype)
+        for i, layer in enumerate(self.decoder):
+            x = layer(x, 0, memory, causal=True, cache=None if caches is None else caches[i])
+        return self.caption(x)
+
+    # -- pre-training --------------------------------------------------------------------------------------------
+
+    def forward(self, batch):
+        """All that the four losses of section 3.2 need, in one pass, so that every parameter takes part in each step.
+
+        batch (see data.collate): images, sizes, tokens (B, K, T), mlm_labels (B, K, T), captions (B, K, Tc),
+        no_sentence (B,). K sentences share one pass of the backbone, by far the greater part of the cost.
+        Returns mlm (M, V) for the M chosen words, itm (B * K, 2), objects (see `detect`), caption (B * K, Tc - 1, V).
+        """
+        B, K, T = batch["tokens"].shape
+        grid = self.encode_picture(batch["images"], batch["sizes"])
+        # Pass 1: the picture with each of its K sentences, for MLM and ITM
+        joint = self.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))        # B * K sequences
+        chosen = joint.states[:, :T][batch["mlm_labels"].flatten(0, 1) >= 0]      # (M, D): only words to be guessed
+        mlm = F.linear(self.mlm_transform(chosen), self.sentence.token.weight, self.mlm_bias)
+        itm = self.itm(joint.states[:, 0])                                        # from [CLS]
+        # Pass 2: the picture alone, for the caption
+        alone = self.encode(grid)
+        captions = batch["captions"].flatten(0, 1)
+        # The word at place t is predicted from those at places < t: the input lacks the last, the target the first.
+        caption = self.decode_caption(alone.repeat(K), captions[:, :-1])
+        # Detection decodes pass 1 (with the first of the K sentences), and for some pictures pass 2, so that it also
+        # works where nobody gives a sentence. The place of the words is then there but masked.
+        skip = batch["no_sentence"][:, None]                                       # (B, 1), True = without a sentence
+        S = alone.states.shape[1]
+        first = joint.states.unflatten(0, (B, K))[:, 0]
+        cells = torch.where(skip[..., None], alone.states, first[:, T:])
+        mask = joint.mask.unflatten(0, (B, K))[:, 0]
+        mask = torch.cat([mask[:, :T] & ~skip, mask[:, T:]], dim=1)
+        positions = joint.positions.unflatten(0, (B, K))[:, 0]
+        assert cells.shape[1] == S
+        objects = self.detect(Memory(torch.cat([first[:, :T], cells], dim=1), positions, mask))
+        return {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption}
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, memory, beam=1, alpha=0.9, max_tokens=None, cache=True):
+        """Captions by beam search; beam 1 is greedy search.
+
+        memory: encoding of B pictures alone (`encode(grid)`). alpha: length penalty, a sentence's score is its log
+        probability divided by ((5 + length) / 6) ** alpha (Wu et al. 2016); length counts the words and [SEP].
+        cache: keep the keys and values of earlier words (the same result, faster).
+        Returns a list of B pairs (word pieces without [CLS] and [SEP], score).
+        """
+        c = self.config
+        B, device = memory.states.shape[0], memory.states.device
+        longest = (max_tokens or c.max_tokens) - 1
+        memory = memory.repeat(beam)                                              # row b * beam + j: beam j of b
+        words = torch.full((B * beam, 1), c.cls, device=device)
+        # At first all beams of a picture are alike: only the first may go on, else they would stay alike.
+        scores = torch.full((B, beam), -math.inf, device=device)
+        scores[:, 0] = 0
+        never = torch.tensor(sorted({c.pad, c.cls, c.mask}), device=device)       # no caption has these
+        caches = [{} for _ in self.decoder] if cache else None
+        finished = [[] for _ in range(B)]                                         # pairs (score, words)
+        done = [False] * B
+        for length in range(1, longest + 1):
+            if cache:
+                logits = self.decode_caption(memory, words[:, -1:], caches, start=length - 1)[:, -1]
+            else:
+                logits = self.decode_caption(memory, words)[:, -1]
+            logits = logits.float().index_fill(1, never, -math.inf)
+            total = scores[:, :, None] + logits.log_softmax(-1).view(B, beam, -1)  # (B, beam, V)
+            V = total.shape[2]
+            # 2 * beam candidates are enough for beam of them to go on, since each beam can end in only one way.
+            best, place = total.flatten(1).topk(min(2 * beam, beam * V), dim=1)
+            penalty = ((5 + length) / 6) ** alpha
+            rows, next_words = [], []
+            for b in range(B):
+                live = []
+                for rank, (score, at) in enumerate(zip(best[b].tolist(), place[b].tolist())):
+                    row, word = b * beam + at // V, at % V
+                    if score == -math.inf:
+                        continue
+                    if word == c.sep:
+                        if rank < beam and not done[b]:
+                            finished[b].append((score / penalty, words[row, 1:].tolist()))
+                    elif len(live) < beam:
+                        live.append((score, row, word))
+                        if length == longest and not done[b]:                     # cut off: no room for [SEP]
+                            finished[b].append((score / penalty, words[row, 1:].tolist() + [word]))
+                live += [(-math.inf, b * beam, c.sep)] * (beam - len(live))       # a beam with nothing left
+                scores[b] = torch.tensor([s for s, _, _ in live], device=device)
+                rows += [row for _, row, _ in live]
+                next_words += [word for _, _, word in live]
+                # Nothing that goes on can end better than its score now under the mildest penalty.
+                bound = live[0][0] / ((5 + longest) / 6) ** alpha if alpha > 0 else live[0][0]
+                ended = sorted((s for s, _ in finished[b]), reverse=True)
+                done[b] = done[b] or len(ended) >= beam or (bool(ended) and ended[0] >= bound)
+            if all(done):
+                break
+            rows = torch.tensor(rows, device=device)
+            words = torch.cat([words[rows], torch.tensor(next_words, device=device)[:, None]], dim=1)
+            if cache and beam > 1:  # a beam may go on from another one's past; "seen" is the same for all of a picture
+                for layer in caches:
+                    layer["own"] = tuple(t[rows] for t in layer["own"])
+        results = [max(f, key=lambda pair: pair[0]) for f in finished]
+        return [(found, score) for score, found in results]
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints: weights, configuration and vocabulary in one file, so that nothing else is needed to use it
+
+
+def save_checkpoint(path, model, vocabulary, names, **more):
+    """Write a checkpoint: to a temporary name, to the disk, then renamed, so that `path` is always whole.
+
+    vocabulary: list of word pieces; names: {"coco": [...], "vg": [...], "attributes": [...]}, what the outputs mean;
+    more: whatever a stage needs to go on (optimiser, step, random states), tensors and plain Python values only.
+    """
+    state = {"format": "e2e-vlp 1", "model": model.state_dict(), "config": asdict(model.config),
+             "vocabulary": vocabulary, "names": names, **more}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_file(path, flag):
+    """A file of tensors and plain values (weights_only: it cannot run code). Raises InputError naming file and flag."""
+    if not os.path.isfile(path):
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{flag} {path}: not a PyTorch file, or damaged ({type(error).__name__}); "
+                         "copy or download it again") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{flag} {path}: holds a {type(state).__name__}, not a dictionary of tensors")
+    return state
+
+
+def load_checkpoint(path, flag="--checkpoint"):
+    """Read what save_checkpoint wrote: the dictionary, with "config" as a Config. Raises InputError if it is none."""
+    state = load_file(path, flag)
+    missing = [key for key in ("format", "model", "config", "vocabulary", "names") if key not in state]
+    if missing:
+        raise InputError(f"{flag} {path}: not a checkpoint of this project (no {', '.join(missing)} in it)")
+    try:
+        state["config"] = Config(**state["config"])
+    except TypeError as error:
+        raise InputError(f"{flag} {path}: written by another version of this project ({error})") from None
+    return state
+
+
+def load_weights(model, state, say=print):
+    """Copy a checkpoint's weights into a model of another stage; say by name what was missing and what was not used."""
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    for k in own:
+        if k not in fitting:
+            say(f"  not in the checkpoint, starts anew: {k}" if k not in state else
+                f"  of another shape in the checkpoint, starts anew: {k}")
+    for k in state:
+        if k not in own:
+            say(f"  in the checkpoint but not used: {k}")
+    model.load_state_dict(fitting, strict=False)
