@@ -63,8 +63,13 @@ class Tokenizer:
 
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of numbers, at most max_tokens of them."""
-        pieces = self.wordpiece.encode(sentence, add_special_tokens=False).ids
-        return [self.cls, *pieces[:self.max_tokens - 2], self.sep]
+        return self.encode_with_places(sentence)[0]
+
+    def encode_with_places(self, sentence):
+        """(tokens as encode gives them, [(start, end) of each in the sentence, in characters; [CLS], [SEP]: (0, 0)])."""
+        pieces = self.wordpiece.encode(sentence, add_special_tokens=False)
+        fit = self.max_tokens - 2
+        return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
 
     def decode(self, tokens):
         """Numbers -> text, without the special pieces."""

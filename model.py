@@ -328,7 +328,7 @@ class E2EVLP(nn.Module):
         self.classes = nn.ModuleDict({name: nn.Linear(c.width, n + 1) for name, n in c.classes.items()})
         self.box = MLP(c.width, 4)
         self.attribute = nn.Linear(c.width, c.attributes)
-        self.caption = nn.Linear(c.width, c.vocabulary)
+        self.caption = nn.Linear(c.width, c.vocabulary, bias=False)
         self.initialise()
 
     def initialise(self):

@@ -1,0 +1,443 @@
+"""Stage 1: pre-train E2E-VLP end to end, from pixels and words, with four losses at once (section 3.2).
+
+    python pretrain.py --mini                                                # a laptop: the miniature world, 20 minutes
+    python pretrain.py --backbone r50 --data DIR                             # one GPU
+    torchrun --nproc_per_node=8 pretrain.py --backbone r152 --data DIR       # the paper's run; its settings are default
+
+What it writes to --output: log.jsonl (a line every few steps and at each validation), last.pt (weights, configuration,
+vocabulary, optimiser: all that is needed to use it or go on), sheet.png (held-out pictures with what was found).
+
+`--mini` is only a set of other defaults, see `mini_preset`; any flag given explicitly wins over it.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import shapes
+from data import LONG_SIDE, SHORT_SIDES, Batches, InputError, PretrainingSet, Tokenizer, collate, read_pretraining
+from evaluate import draw_sheet, measure_with_blind
+from matcher import LOSS_WEIGHTS, count, set_loss
+from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, save_checkpoint
+
+TASKS = ("mlm", "itm", "detection", "attributes", "caption")
+
+
+def parse(argv):
+    """Flags. Three layers of defaults: the paper's, then --mini's or the resumed run's, then what is given."""
+    parser = argparse.ArgumentParser(description="Pre-train E2E-VLP (Xu et al., ACL 2021).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
+    g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
+    g.add_argument("--vocab", help="WordPiece vocabulary (default: DATA/vocab.txt)")
+    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES),
+                   help="scale augmentation: one is drawn for each visit, pixels")
+    g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
+    g.add_argument("--sentences-per-picture", type=int, default=1, help="sentences that share one backbone pass")
+    g.add_argument("--without-sentence", type=float, default=0.25, help="share of pictures detected without a sentence")
+    g.add_argument("--workers", type=int, default=4, help="loader processes for each training process")
+    g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
+    g = parser.add_argument_group("model")
+    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. ResNet-152")
+    g.add_argument("--backbone-weights", default="imagenet", help="imagenet, none, or a torchvision state dict's file")
+    g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels per grid cell")
+    g.add_argument("--width", type=int, default=256, help="hidden units")
+    g.add_argument("--heads", type=int, default=12, help="attention heads, 32 units each")
+    g.add_argument("--feed-forward", type=int, default=1024, help="units between the feed-forward layers")
+    g.add_argument("--encoder-layers", type=int, default=12, help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=int, default=6)
+    g.add_argument("--queries", type=int, default=100, help="objects that can be found in a picture, at most")
+    g.add_argument("--dropout", type=float, default=0.1)
+    g = parser.add_argument_group("training")
+    g.add_argument("--batch-size", type=int, default=32, help="pictures a step, over all processes")
+    g.add_argument("--micro-batch", type=int, default=0,
+                   help="pictures a process holds at once; a larger share is accumulated (0: the whole share)")
+    g.add_argument("--epochs", type=float, default=200, help="passes over the distinct pictures")
+    g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
+    g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
+    g.add_argument("--lr", type=float, default=1e-4, help="learning rate of the transformer")
+    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet")
+    g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 for the last third")
+    g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=1e-4)
+    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--without", nargs="+", choices=TASKS, default=[], help="losses to leave out (Table 3)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g = parser.add_argument_group("output")
+    g.add_argument("--output", default="runs/pretrain", help="folder for log.jsonl, last.pt and sheet.png")
+    g.add_argument("--resume", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--log-every", type=int, default=50, help="steps")
+    g.add_argument("--val-every", type=int, default=0, help="steps (0: only at the end)")
+    g.add_argument("--val-pictures", type=int, default=1000, help="held-out pictures to measure on, at most")
+    g.add_argument("--checkpoint-minutes", type=float, default=30, help="time between two checkpoints")
+    chosen = parser.parse_args(argv)
+    state = None
+    if chosen.resume:
+        state = load_checkpoint(chosen.resume, "--resume")
+        if "optimizer" not in state:
+            raise InputError(f"--resume {chosen.resume}: holds no optimiser; only a run's own last.pt can be resumed")
+        parser.set_defaults(**{**state["args"], "output": os.path.dirname(chosen.resume) or "."})
+    elif chosen.mini:
+        mini_preset(parser)
+    args = parser.parse_args(argv)
+    if state is not None:
+        for flag in ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers", "decoder_layers",
+                     "queries", "dropout", "sets", "seed"):
+            if getattr(args, flag) != state["args"][flag]:
+                raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
+                                 f"{state['args'][flag]}; leave the flag away")
+    for flag in ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward",
+                 "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side"):
+        if getattr(args, flag) <= 0:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be more than 0")
+    if args.width % 4:
+        raise InputError(f"--width {args.width}: must be a multiple of 4 (sine positions take a quarter each)")
+    if min(args.short_sides) < 32:
+        raise InputError(f"--short-sides {min(args.short_sides)}: must be 32 or more")
+    return args, state
+
+
+def mini_preset(parser):
+    """The miniature world on two cores in 20 minutes: everything smaller, nothing different. shapes.py writes it."""
+    parser.set_defaults(
+        data="data/mini", short_sides=[64], long_side=96, sentences_per_picture=4, workers=1, backbone="r18",
+        backbone_weights="none", stride=16, width=128, heads=4, feed_forward=512, encoder_layers=3, decoder_layers=3,
+        queries=16, dropout=0.0, minutes=16.0, epochs=40, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=200,
+        clip=1.0, val_pictures=200, output="runs/mini", checkpoint_minutes=5.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Processes: everything works with plain `python` too, where the rank is 0 of 1 and no collective is called
+
+
+def start_processes(device):
+    """Join torchrun's processes, if there are any: (rank, number of processes, this process's device)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no GPU is visible; use --device cpu")
+    if world == 1:
+        return 0, 1, device
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("cuda"):
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, device
+
+
+def summed(values, world, device):
+    """A list of numbers, summed over all processes."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def prepare_output(folder, resumed, say):
+    """Make the folder, see that it can be written, and move what an earlier run left there out of the way."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = os.path.join(folder, f".probe-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    left = [name for name in ("log.jsonl", "last.pt", "sheet.png") if os.path.exists(os.path.join(folder, name))]
+    if left and not resumed:
+        number = 1
+        while os.path.exists(os.path.join(folder, f"earlier-{number}")):
+            number += 1
+        os.mkdir(os.path.join(folder, f"earlier-{number}"))
+        for name in left:
+            os.rename(os.path.join(folder, name), os.path.join(folder, f"earlier-{number}", name))
+        say(f"{folder}: holds an earlier run; moved it to {folder}/earlier-{number}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The losses and the schedule
+
+
+def counts_of(batch, args):
+    """What each loss is divided by: sums over this part of the batch, to be added over all parts and processes.
+
+    A mean of means would weigh a word more that stands in a part with few words. Dividing by the count over everything
+    gives the same gradient on 1 and on N processes.
+    """
+    mlm, itm = (batch["mlm_labels"] >= 0).sum(), batch["itm_labels"].numel()
+    words = (batch["captions"][..., 1:] != args.pad).sum()
+    return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries, 0.1).tolist()]
+
+
+def losses(outputs, batch, counts, args):
+    """The named losses of section 3.2, each normalised by its count; outputs as E2EVLP.forward gives them."""
+    chosen = batch["mlm_labels"][batch["mlm_labels"] >= 0]
+    words = batch["captions"][..., 1:].flatten()
+    mlm, itm, caption = (max(c, 1) for c in counts[:3])
+    return {
+        "loss_mlm": F.cross_entropy(outputs["mlm"].float(), chosen, reduction="sum") / mlm,
+        "loss_itm": F.cross_entropy(outputs["itm"].float(), batch["itm_labels"].flatten(), reduction="sum") / itm,
+        "loss_caption": F.cross_entropy(outputs["caption"].float().flatten(0, 1), words, ignore_index=args.pad,
+                                        reduction="sum") / caption,
+        **set_loss(outputs["objects"], batch["targets"], counts=torch.tensor(counts[3:])),
+    }
+
+
+def weights_of(without):
+    """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v)."""
+    weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
+    off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": ["loss_attribute"],
+           "detection": list(LOSS_WEIGHTS)}  # without objects there is nothing to have attributes
+    for task in without:
+        weights.update(dict.fromkeys(off[task], 0.0))
+    return weights
+
+
+def learning_rate_scale(step, progress, args):
+    """What both rates are multiplied by, from the step and the share of the training that is done (0 .. 1)."""
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    if args.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warm * (0.1 if progress >= 2 / 3 else 1.0)
+
+
+def to_device(batch, device):
+    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+    targets = [{k: move(v) if torch.is_tensor(v) else v for k, v in t.items()} for t in batch["targets"]]
+    return {**{k: move(v) if torch.is_tensor(v) else v for k, v in batch.items()}, "targets": targets}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def train(args, state):
+    rank, world, device = start_processes(args.device)
+
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: does not divide among {world} processes; "
+                         f"choose a multiple of {world}")
+    share = args.batch_size // world
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and (not args.micro_batch or
+                                                                       share // n <= args.micro_batch))
+    if rank == 0:
+        prepare_output(args.output, state is not None, say)
+        if args.mini and not os.path.exists(args.data):
+            say(f"writing the miniature world to {args.data}")
+            shapes.write_world(args.data)
+    if world > 1:
+        dist.barrier()
+
+    # Data, tokenizer, model
+    data = read_pretraining(args.data, args.sets, say)
+    names = data["names"]
+    if state is not None and state["names"] != names:
+        raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
+    tokenizer = Tokenizer(state["vocabulary"] if state else args.vocab or f"{args.data}/vocab.txt")
+    args.pad = tokenizer.pad
+    config = state["config"] if state else Config(
+        backbone=args.backbone, stride=args.stride, frozen_batch_norm=args.backbone_weights != "none",
+        width=args.width, heads=args.heads, feed_forward=args.feed_forward, encoder_layers=args.encoder_layers,
+        decoder_layers=args.decoder_layers, queries=args.queries, dropout=args.dropout, vocabulary=len(tokenizer),
+        max_tokens=tokenizer.max_tokens, classes={name: len(names[name]) for name in args.sets},
+        attributes=len(names["attributes"]), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
+        mask=tokenizer.mask)
+    torch.manual_seed(args.seed)  # the same weights in each process
+    model = E2EVLP(config)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    elif args.backbone_weights != "none":
+        model.backbone.load_weights(args.backbone_weights)
+    model.to(device)
+    backbone = list(model.backbone.resnet.parameters())
+    ours = {id(p) for p in backbone}
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in model.parameters() if id(p) not in ours], "lr": args.lr},
+        {"params": backbone, "lr": args.lr_backbone}], weight_decay=args.weight_decay)
+    base_rates = [args.lr, args.lr_backbone]
+    step = spent = 0
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["seconds"]
+    wrapped = torch.compile(model) if args.compile else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped)
+
+    # Batches
+    trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
+                              long_side=args.long_side, sentences_per_picture=args.sentences_per_picture,
+                              without_sentence=args.without_sentence, seed=args.seed)
+    batches = Batches([p.size for p in data["train"]], args.batch_size, parts=parts, rank=rank, world=world,
+                      seed=args.seed, start=step)
+    loader = torch.utils.data.DataLoader(
+        trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
+        collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
+    val = data["val"][:args.val_pictures]
+    say(f"{len(data['train'])} pictures with {sum(len(p.sentences) for p in data['train'])} sentences to train on, "
+        f"{len(val)} held out")
+    say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
+        f"{count_parameters(model) / 1e6:.1f} M parameters")
+    say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures, "
+        f"{args.sentences_per_picture} sentence(s) each; {steps} steps"
+        + (f" or {args.minutes:g} minutes" if args.minutes else ""))
+
+    # The run
+    weights = weights_of(args.without)
+    log = os.path.join(args.output, "log.jsonl")
+    broken = set()
+    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad")}
+
+    def write_log(line):
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save():
+        if rank == 0:
+            save_checkpoint(os.path.join(args.output, "last.pt"), model, tokenizer.vocabulary, names, args=kept,
+                            optimizer=optimizer.state_dict(), step=step, seconds=spent)
+
+    size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
+
+    def validate():
+        if not val:
+            return {}
+        measures = measure_with_blind(model, tokenizer, names, val, amp=args.amp == "bf16", rank=rank, world=world,
+                                      **size)
+        write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
+        model.train()
+        return measures
+
+    model.train()
+    iterator = iter(loader)
+    bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
+    started, before, logged, saved = time.time(), spent, time.time(), time.time()
+    seen = 0
+    done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+    while not done:
+        # 1. The step's parts, and what their losses are divided by, summed over parts and processes. The first
+        #    process's clock travels with the sums, so that all agree on when the time is over.
+        micro = [next(iterator) for _ in range(parts)]
+        broken.update(name for batch in micro for name in batch["broken"])
+        local = [sum(column) for column in zip(*(counts_of(batch, args) for batch in micro))]
+        *counts, spent, total_broken = summed(
+            [*local, before + time.time() - started if rank == 0 else 0.0, len(broken)], world, device)
+        if total_broken > args.max_broken:
+            raise InputError(f"{sorted(broken)[0] if broken else 'a picture'}: cannot be decoded, nor can "
+                             f"{int(total_broken) - 1} more (--max-broken {args.max_broken}); mend or remove them")
+
+        # 2. The learning rate: a function of the step and of how much of the training is done.
+        progress = max(step / steps, spent / (args.minutes * 60) if args.minutes else 0.0)
+        scale = learning_rate_scale(step, progress, args)
+        for group, rate in zip(optimizer.param_groups, base_rates):
+            group["lr"] = rate * scale
+
+        # 3. Forward and backward. Dropout is seeded by the step, so that a resumed run draws what it would have drawn.
+        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
+        sums = {}
+        for number, batch in enumerate(micro):
+            batch = to_device(batch, device)
+            # Only the last part's backward needs to add up the gradients over the processes.
+            wait = wrapped.no_sync() if world > 1 and number < parts - 1 else torch.enable_grad()
+            with wait:
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp == "bf16"):
+                    outputs = wrapped(batch)
+                named = losses(outputs, batch, counts, args)
+                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec, where L_v = class + 5 L1 + 2 GIoU + attribute
+                total = sum(weights[name] * value for name, value in named.items())
+                # DDP takes the mean over processes; the counts are sums over them already.
+                (total * world).backward()
+            for name, value in named.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+
+        # 4. Clip, look, step.
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if not torch.isfinite(norm):
+            raise InputError(f"step {step}: the gradient is not finite (losses "
+                             f"{ {k: round(float(v), 3) for k, v in sums.items()} }, pictures "
+                             f"{[data['train'][i].name for i in micro[0]['index']]}); try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + args.batch_size
+        bar.update()
+        done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+
+        # 5. Log, validate, keep.
+        if step % args.log_every == 0 or done:
+            keys = list(sums)
+            values = dict(zip(keys, summed([float(sums[k]) for k in keys], world, device)))
+            line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
+                    "loss": sum(weights[k] * v for k, v in values.items()), **values,
+                    "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[1]["lr"],
+                    "grad_norm": float(norm), "pictures_per_second": seen / (time.time() - logged),
+                    "seconds": spent, "broken": int(total_broken)}
+            write_log(line)
+            bar.set_postfix(loss=f"{line['loss']:.2f}")
+            if rank == 0 and bar.disable:
+                say(f"step {step}/{steps}  loss {line['loss']:.3f}  " + "  ".join(
+                    f"{k[5:]} {v:.3f}" for k, v in values.items()) + f"  {line['pictures_per_second']:.0f} pictures/s")
+            logged, seen = time.time(), 0
+        if args.val_every and step % args.val_every == 0 and not done:
+            validate()
+        if time.time() - saved > args.checkpoint_minutes * 60:
+            save()
+            saved = time.time()
+    bar.close()
+    spent = before + time.time() - started
+    save()
+    if broken:
+        say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")
+    measures = validate()
+    if rank == 0 and val:
+        sheet = os.path.join(args.output, "sheet.png")
+        draw_sheet(sheet, model, tokenizer, names, val[:12], **size)
+        say(summary(measures, len(val), sheet))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def summary(measures, pictures, sheet):
+    """One sentence: what the model learnt, with a blind model's figures beside it, and where the sheet is."""
+    says = (("mlm_accuracy_visual", "it guesses {} of the hidden words that the picture decides"),
+            ("itm_accuracy", "tells its own sentences from others at {}"),
+            ("itm_accuracy_foil", "and from those with one wrong word at {}"),
+            ("AP50", "finds objects with an AP50 of {}"), ("AP50_no_sentence", "without a sentence {}"),
+            ("attribute_accuracy", "names {} of their attributes"),
+            ("caption_objects", "and {} of its captions name only what is there"))
+    parts = [text.format(f"{measures[f'val_{name}']:.2f} (blind {measures[f'blind_{name}']:.2f})")
+             for name, text in says if f"val_{name}" in measures]
+    return f"On {pictures} held-out pictures {', '.join(parts)}; see {sheet}"
+
+
+def main(argv=None):
+    try:
+        train(*parse(argv))
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"pretrain.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
