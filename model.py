@@ -111,11 +111,11 @@ class Backbone(nn.Module):
         mask = rows & columns                                                                      # (B, H0, W0)
         padded = not bool(mask.all())
         x = (images.float() / 255 - self.mean) / self.std
-        levels = {}
+        levels = {mask.shape[-2:]: mask[:, None].to(x.dtype)}
         for _ in range(5 if self.resnet.layer4 is not None else 4):
-            levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
             # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
             mask = mask[:, ::2, ::2]
+            levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
         self._masks = levels if padded else None  # a batch without padding pays nothing
         net = self.resnet
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # (B, 64, H0 / 4, W0 / 4)

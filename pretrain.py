@@ -40,6 +40,7 @@ def parse(argv):
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
+    g.add_argument("--shapes", action="store_true", help="write the miniature world to --data if nothing is there")
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
     g.add_argument("--vocab", help="WordPiece vocabulary (default: DATA/vocab.txt)")
     g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES),
@@ -115,7 +116,7 @@ def parse(argv):
 def mini_preset(parser):
     """The miniature world on two cores in 20 minutes: everything smaller, nothing different. shapes.py writes it."""
     parser.set_defaults(
-        data="data/mini", short_sides=[64], long_side=96, sentences_per_picture=4, workers=1, backbone="r18",
+        data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1, backbone="r18",
         backbone_weights="none", stride=16, width=128, heads=4, feed_forward=512, encoder_layers=3, decoder_layers=3,
         queries=16, dropout=0.0, minutes=16.0, epochs=40, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=200,
         clip=1.0, val_pictures=200, output="runs/mini", checkpoint_minutes=5.0)
@@ -240,7 +241,7 @@ def train(args, state):
                                                                        share // n <= args.micro_batch))
     if rank == 0:
         prepare_output(args.output, state is not None, say)
-        if args.mini and not os.path.exists(args.data):
+        if args.shapes and not os.path.exists(args.data):
             say(f"writing the miniature world to {args.data}")
             shapes.write_world(args.data)
     if world > 1:

@@ -330,8 +330,10 @@ def ask(rng, number, image_id, canvas, things):
     questions, annotations = [], []
     while len(questions) < 4:
         kind = rng.choice(("yes/no", "yes/no", "count", "color", "shape", "where"))
-        found = question(rng, canvas, things, kind, (number + len(questions)) % 2 == 0)
-        if found is None or found[0] in (q["question"] for q in questions):
+        # Several tries for one kind: "no" is harder to find than "yes" and would come less often otherwise.
+        tries = (question(rng, canvas, things, kind, (number + len(questions)) % 2 == 0) for _ in range(20))
+        found = next((f for f in tries if f and all(f[0] != q["question"] for q in questions)), None)
+        if found is None:
             continue
         text, prefix, answer, wrong = found
         answers = [answer] * 10
