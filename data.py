@@ -66,7 +66,7 @@ class Tokenizer:
         return self.encode_with_places(sentence)[0]
 
     def encode_with_places(self, sentence):
-        """(tokens as encode gives them, [(start, end) of each in the sentence, in characters; [CLS], [SEP]: (0, 0)])."""
+        """(tokens, [(start, end) of each in the sentence, in characters; (0, 0) for [CLS] and [SEP]])."""
         pieces = self.wordpiece.encode(sentence, add_special_tokens=False)
         fit = self.max_tokens - 2
         return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
@@ -448,12 +448,11 @@ class PretrainingSet(torch.utils.data.Dataset):
             captions.append(self.tokenizer.encode(sentence))  # the captioning target is always the picture's own
             matched = rng.random() < 0.5
             other = None if matched else self.other_sentence(index, rng)
-            if other is None:
-                # Words are only asked for where the sentence is true of the picture: the picture of a mismatched pair
-                # would teach the model to ignore it.
-                pieces, labels = mask_words(captions[-1], self.tokenizer, rng)
-            else:
-                pieces = self.tokenizer.encode(other)
+            # Both kinds of sentence have words hidden, or ITM would only learn to look for [MASK]. But they are only asked
+            # for where the sentence is true of the picture: a mismatched pair would teach MLM to ignore the picture.
+            pieces, labels = mask_words(captions[-1] if other is None else self.tokenizer.encode(other),
+                                        self.tokenizer, rng)
+            if other is not None:
                 labels = [-1] * len(pieces)
             tokens.append(pieces)
             mlm_labels.append(labels)
@@ -518,8 +517,8 @@ class Batches(torch.utils.data.Sampler):
 
     Each epoch is one pass over all pictures. Pictures of similar shape go together, so that little is padded: the
     shuffled pictures are cut into pieces of 16 batches, sorted by shape within a piece, cut into batches, and those
-    are shuffled. The last batch of an epoch is filled up with the epoch's first pictures. A batch is the total one of all
-    processes; its `accumulate` parts for each process follow one another.
+    are shuffled. The last batch of an epoch is filled up with the epoch's first pictures. A batch is the total one of
+    all processes; the `parts` that each process has of it follow one another.
     """
 
     def __init__(self, shapes, batch, *, parts=1, rank=0, world=1, seed=0, start=0):

@@ -17,6 +17,7 @@ import json
 import random
 import re
 import sys
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import (InputError, Tokenizer, load_picture, mask_words, pad_pictures, pad_tokens, read_pretraining,
-                  to_pixels)
+from data import InputError, Tokenizer, load_picture, mask_words, pad_pictures, pad_tokens, read_pretraining, to_pixels
 from matcher import hungarian_match
 from model import E2EVLP, load_checkpoint
 
@@ -144,7 +144,7 @@ def questions(pictures, phrases, tokenizer, seed=0, per_picture=4):
         for i, sentence in enumerate(sentences):
             tokens = tokenizer.encode(sentence)
             labels = mask_words(tokens, tokenizer, rng)[1]
-            q["mlm"].append(([t if l < 0 else tokenizer.mask for t, l in zip(tokens, labels)], labels))
+            q["mlm"].append(([tokenizer.mask if label >= 0 else t for t, label in zip(tokens, labels)], labels))
             false = (number + i) % 2
             if false and len(pictures) > 1:
                 drawn = (rng.choice(pictures[rng.randrange(len(pictures))].sentences) for _ in range(100))
@@ -229,114 +229,81 @@ def found_objects(objects, source):
 
 @torch.no_grad()
 def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", batch_size=32, amp=False, blind=False,
-            rank=0, world=1, val=None):
+            rank=0, world=1):
     """All measures on `pictures`: {"mlm_accuracy": ..., ...} as fractions. Collective: each process does its share.
 
-    val: the whole list for `Phrases.learn` and the mean picture, by default `pictures`. A measure that has nothing to
-    count (no Visual Genome annotation, say) is left out.
+    A measure that has nothing to count (no Visual Genome annotation, say) is left out.
     """
     model.eval()
     phrases = Phrases(names).learn(pictures)
     asked = questions(pictures, phrases, tokenizer)
     source = "coco" if names["coco"] else "vg"
     mean = mean_picture(pictures[:500]) if blind else None
-    counts, results = {}, {"AP": [], "AP_no_sentence": []}
-
-    def add(name, hits, total):
-        old = counts.get(name, (0, 0))
-        counts[name] = (old[0] + float(hits), old[1] + float(total))
+    tally = defaultdict(list)  # measure -> 1 or 0 for each thing asked; for AP the boxes found
 
     # Pictures of like shape together; which picture is in which batch changes nothing but the padding.
     mine = sorted(range(rank, len(pictures), world), key=lambda i: pictures[i].size[1] / pictures[i].size[0])
     for at in range(0, len(mine), batch_size):
         numbers = mine[at:at + batch_size]
         batch = [pictures[i] for i in numbers]
-        images = []
-        for picture in batch:
-            image = mean.resize(picture.size[::-1]) if blind else load_picture(picture.file)
-            images.append(to_pixels(image, short, long))
-        images, sizes = pad_pictures(images)
+        images, sizes = pad_pictures([
+            to_pixels(mean.resize(p.size[::-1]) if blind else load_picture(p.file), short, long) for p in batch])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_picture(images.to(device), sizes.to(device))
-
-            def run(kind, pick):
-                """Encode the sentences of one kind with their pictures: states (n, T + S, D) and the other half."""
+            # Words and pairs: every sentence of one kind, each with its picture
+            for name, kind in (("mlm_accuracy", "mlm"), ("mlm_accuracy_visual", "visual"), ("itm_accuracy", "itm"),
+                               ("itm_accuracy_foil", "foil")):
                 rows = [(j, *pair) for j, i in enumerate(numbers) for pair in asked[i][kind]]
                 if not rows:
-                    return None
-                which = torch.tensor([j for j, _, _ in rows], device=device)
-                tokens = pad_tokens([[t] for _, t, _ in rows], tokenizer.pad)[:, 0].to(device)
-                memory = type(grid)(grid.states[which], grid.positions[which],
-                                    None if grid.mask is None else grid.mask[which])
-                return pick(model.encode(memory, tokens).states, tokens, [r[2] for r in rows])
-
-            def words(name):
-                def pick(states, tokens, labels):
-                    labels = pad_tokens([[l] for l in labels], -1)[:, 0].to(device)
-                    chosen = labels >= 0
-                    hidden = model.mlm_transform(states[:, :tokens.shape[1]][chosen])
-                    guess = torch.nn.functional.linear(hidden, model.sentence.token.weight, model.mlm_bias).argmax(-1)
-                    right = torch.ones_like(chosen)
-                    right[chosen] = guess == labels[chosen]
-                    if name == "mlm_accuracy":
-                        add(name, right[chosen].sum(), chosen.sum())
-                    else:  # a word of several pieces is right if all of them are
-                        add(name, right.all(1).sum(), len(right))
-                return pick
-
-            def pairs(name):
-                def pick(states, tokens, truth):
-                    guess = model.itm(states[:, 0]).argmax(-1)
-                    add(name, (guess == torch.tensor(truth, device=device)).sum(), len(truth))
-                return pick
-
-            run("mlm", words("mlm_accuracy"))
-            run("visual", words("mlm_accuracy_visual"))
-            run("itm", pairs("itm_accuracy"))
-            run("foil", pairs("itm_accuracy_foil"))
+                    continue
+                which, sentences, answers = zip(*rows)
+                tokens = pad_tokens([[s] for s in sentences], tokenizer.pad)[:, 0].to(device)
+                states = model.encode(grid.rows(torch.tensor(which, device=device)), tokens).states
+                if kind in ("itm", "foil"):
+                    tally[name] += (model.itm(states[:, 0]).argmax(-1).cpu() == torch.tensor(answers)).tolist()
+                    continue
+                labels = pad_tokens([[a] for a in answers], -1)[:, 0].to(device)
+                hidden = labels >= 0
+                right = torch.ones_like(hidden)
+                right[hidden] = model.guess_words(states[:, :tokens.shape[1]][hidden]).argmax(-1) == labels[hidden]
+                # Each hidden piece counts, but a visual word of several pieces is right if all of them are.
+                tally[name] += (right[hidden] if kind == "mlm" else right.all(1)).tolist()
+            # Objects, with a sentence and without
             first = pad_tokens([[asked[i]["first"]] for i in numbers], tokenizer.pad)[:, 0].to(device)
             alone = model.encode(grid)
             for name, memory in (("AP", model.encode(grid, first)), ("AP_no_sentence", alone)):
                 objects = model.detect(memory)
-                scores, labels, boxes = found_objects(objects, source)
-                for j, i in enumerate(numbers):
-                    for score, label, box in zip(scores[j].tolist(), labels[j].tolist(),
-                                                 boxes_in_pixels(boxes[j].cpu(), pictures[i].size).tolist()):
-                        results[name].append({"image_id": i, "category_id": label, "bbox": box, "score": score})
-            if names["vg"]:  # the attributes of the query that matches an annotated box, without a sentence
-                annotated = [j for j, p in enumerate(batch) if p.vg is not None]
+                for i, scores, labels, boxes in zip(numbers, *(x.cpu() for x in found_objects(objects, source))):
+                    found = boxes_in_pixels(boxes, pictures[i].size).tolist()
+                    tally[name] += [{"image_id": i, "category_id": label, "bbox": box, "score": score}
+                                    for score, label, box in zip(scores.tolist(), labels.tolist(), found)]
+            # Attributes of the query that matches an annotated box, without a sentence
+            annotated = [j for j, p in enumerate(batch) if p.vg is not None] if names["vg"] else []
+            if annotated:
                 targets = [{"labels": torch.from_numpy(batch[j].vg[1]).to(device),
                             "boxes": torch.from_numpy(batch[j].vg[0]).to(device)} for j in annotated]
-                true = [a for j in annotated for a in batch[j].vg[2]]
-                if annotated:
-                    _, pictures_of, queries, boxes_of = hungarian_match(
-                        objects["logits"]["vg"][-1:, annotated].float(), objects["boxes"][-1:, annotated], targets)
-                    logits = objects["attributes"][-1][annotated][pictures_of, queries].float()
-                    for row, box in zip(logits, boxes_of.tolist()):
-                        if true[box]:  # of its k true attributes, how many are among the k most likely
-                            best = row.topk(len(true[box])).indices.tolist()
-                            add("attribute_accuracy", len(set(best) & set(true[box])) / len(true[box]), 1)
-            for (pieces, _), picture in zip(model.generate(alone), batch):
-                facts = phrases.facts(picture)
+                _, row, query, box = hungarian_match(
+                    objects["logits"]["vg"][-1:, annotated], objects["boxes"][-1:, annotated], targets)
+                true = [set(a) for j in annotated for a in batch[j].vg[2]]
+                for logits, b in zip(objects["attributes"][-1, annotated][row, query].float(), box.tolist()):
+                    if true[b]:  # of its k true attributes, how many are among the k most likely
+                        best = logits.topk(len(true[b])).indices.tolist()
+                        tally["attribute_accuracy"].append(len(true[b].intersection(best)) / len(true[b]))
+            # Captions, greedy
+            for (pieces, _), facts in zip(model.generate(alone), map(phrases.facts, batch)):
                 if facts is not None:
-                    add("caption_objects", phrases.all_true(facts, tokenizer.decode(pieces)), 1)
+                    tally["caption_objects"].append(phrases.all_true(facts, tokenizer.decode(pieces)))
     if world > 1:
         gathered = [None] * world
-        torch.distributed.all_gather_object(gathered, (counts, results))
-        counts, results = {}, {"AP": [], "AP_no_sentence": []}
-        for their_counts, their_results in gathered:
-            for name, pair in their_counts.items():
-                add(name, *pair)
-            for name in results:
-                results[name] += their_results[name]
-    order = ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil")
-    measures = {name: counts[name][0] / counts[name][1] for name in order if counts.get(name, (0, 0))[1]}
-    measures["AP"], measures["AP50"] = average_precision(pictures, results["AP"], source)
-    measures["AP_no_sentence"], measures["AP50_no_sentence"] = average_precision(
-        pictures, results["AP_no_sentence"], source)
-    for name in ("attribute_accuracy", "caption_objects"):
-        if counts.get(name, (0, 0))[1]:
-            measures[name] = counts[name][0] / counts[name][1]
+        torch.distributed.all_gather_object(gathered, dict(tally))
+        tally = {name: [x for part in gathered for x in part.get(name, ())] for name in set().union(*gathered)}
+    measures = {}
+    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP", "AP_no_sentence",
+                 "attribute_accuracy", "caption_objects"):
+        if name.startswith("AP"):
+            measures[name], measures[name.replace("AP", "AP50")] = average_precision(pictures, tally[name], source)
+        elif tally.get(name):
+            measures[name] = sum(tally[name]) / len(tally[name])
     return measures
 
 

@@ -82,7 +82,8 @@ class Backbone(nn.Module):
         channels = {32: 512, 16: 256}[config.stride] * (1 if config.backbone in ("r18", "r34") else 4)
         if config.stride == 16:
             resnet.layer4 = None
-        self.resnet = resnet
+        # channels_last: the channels of a pixel side by side in memory, as the quick convolutions of CPUs and GPUs want
+        self.resnet = resnet.to(memory_format=torch.channels_last)
         self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img" in the paper
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
@@ -110,7 +111,7 @@ class Backbone(nn.Module):
         columns = torch.arange(W0, device=images.device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
         mask = rows & columns                                                                      # (B, H0, W0)
         padded = not bool(mask.all())
-        x = (images.float() / 255 - self.mean) / self.std
+        x = ((images.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         levels = {mask.shape[-2:]: mask[:, None].to(x.dtype)}
         for _ in range(5 if self.resnet.layer4 is not None else 4):
             # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
@@ -288,12 +289,14 @@ class Memory:
     positions: torch.Tensor  # (B, S, D); zero for words, whose positions are in their embedding already
     mask: torch.Tensor       # (B, S) bool or None
 
+    def rows(self, numbers):
+        """The pictures of these numbers (N,), in this order, as often as they stand there: (N, S, D)."""
+        return Memory(self.states[numbers], self.positions[numbers], None if self.mask is None else self.mask[numbers])
+
     def repeat(self, n):
         """Each picture n times in a row: (B * n, S, D)."""
-        if n == 1:
-            return self
-        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
-        return Memory(self.states.repeat_interleave(n, 0), self.positions.repeat_interleave(n, 0), mask)
+        B, device = len(self.states), self.states.device
+        return self if n == 1 else self.rows(torch.arange(B, device=device).repeat_interleave(n))
 
 
 class MLP(nn.Sequential):
@@ -370,6 +373,10 @@ class E2EVLP(nn.Module):
             x = layer(x, positions, mask)
         return Memory(x, positions, mask)
 
+    def guess_words(self, states):
+        """MLM: encoder states (M, D) of hidden words -> logits (M, V). The output matrix is the token embedding's."""
+        return F.linear(self.mlm_transform(states), self.sentence.token.weight, self.mlm_bias)
+
     # -- the decoder's two uses ----------------------------------------------------------------------------------
 
     def decode_objects(self, memory):
@@ -417,7 +424,7 @@ class E2EVLP(nn.Module):
         # Pass 1: the picture with each of its K sentences, for MLM and ITM
         joint = self.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))        # B * K sequences
         chosen = joint.states[:, :T][batch["mlm_labels"].flatten(0, 1) >= 0]      # (M, D): only words to be guessed
-        mlm = F.linear(self.mlm_transform(chosen), self.sentence.token.weight, self.mlm_bias)
+        mlm = self.guess_words(chosen)
         itm = self.itm(joint.states[:, 0])                                        # from [CLS]
         # Pass 2: the picture alone, for the caption
         alone = self.encode(grid)

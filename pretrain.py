@@ -116,10 +116,10 @@ def parse(argv):
 def mini_preset(parser):
     """The miniature world on two cores in 20 minutes: everything smaller, nothing different. shapes.py writes it."""
     parser.set_defaults(
-        data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1, backbone="r18",
-        backbone_weights="none", stride=16, width=128, heads=4, feed_forward=512, encoder_layers=3, decoder_layers=3,
-        queries=16, dropout=0.0, minutes=16.0, epochs=40, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=200,
-        clip=1.0, val_pictures=200, output="runs/mini", checkpoint_minutes=5.0)
+        data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
+        backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=512, encoder_layers=3,
+        decoder_layers=3, queries=16, dropout=0.0, batch_size=16, minutes=16.0, epochs=40, lr=5e-4, lr_backbone=5e-4,
+        schedule="cosine", warmup=200, clip=1.0, val_pictures=200, output="runs/mini", checkpoint_minutes=5.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
