@@ -43,7 +43,7 @@ class Tokenizer:
         if name != "vocabulary":
             try:
                 with open(name, encoding="utf-8") as file:
-                    vocabulary = file.read().splitlines()
+                    vocabulary = file.read().rstrip("\n").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"--vocab {name}: cannot be read ({error}); "
                                  "give the vocab.txt of bert-base-uncased") from None

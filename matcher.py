@@ -137,7 +137,7 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     num_boxes, class_weight, described = (max(float(c), floor) for c, floor in zip(counts, (1.0, 1e-6, 1.0)))
     # A head that no picture of this batch trains still takes part, with gradient zero: DistributedDataParallel waits
     # for the gradient of each parameter.
-    nothing = outputs["attributes"].sum() * 0.0 + sum(head.sum() * 0.0 for head in outputs["logits"].values())
+    nothing = sum(full_precision(x).sum() * 0.0 for x in (outputs["attributes"], *outputs["logits"].values()))
     loss_class = nothing
     found, wanted, attribute_logits, attributes = [], [], [], []
     for source, all_logits in outputs["logits"].items():
@@ -169,7 +169,7 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     loss_bbox = zero + F.l1_loss(found, wanted, reduction="sum") / num_boxes
     giou = generalized_box_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted))
     loss_giou = zero + (1 - giou).sum() / num_boxes
-    loss_attribute = outputs["attributes"].sum() * 0.0
+    loss_attribute = nothing
     if attributes:
         # -log p(a): a box with k attributes wants each with probability 1 / k; one without any is not asked.
         wanted = torch.cat(attributes)

@@ -1,0 +1,462 @@
+"""The architecture: sizes, masks, what may see what, generation, checkpoints."""
+
+import copy
+import itertools
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import small_batch, small_model
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import model as model_module
+from data import IMAGE_MEAN, IMAGE_STD, InputError
+from model import (
+    E2EVLP,
+    Attention,
+    Config,
+    DecoderLayer,
+    EncoderLayer,
+    Memory,
+    count_parameters,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    sine_positions,
+)
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize("layers,millions", [(12, (59.4, 78.4, 94.0)), (6, (53.9, 72.8, 88.5))])
+def test_parameter_counts_of_table_5(layers, millions):
+    for backbone, expected in zip(("r50", "r101", "r152"), millions):
+        with torch.device("meta"):
+            model = E2EVLP(Config(backbone=backbone, encoder_layers=layers))
+        assert round(count_parameters(model) / 1e6, 1) == expected
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (33, 50), (96, 71)])
+def test_grid_has_a_cell_for_each_started_stride(stride, size):
+    model = small_model(stride=stride)
+    grid = model.encode_picture(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.tensor([size]))
+    assert grid.states.shape == (1, math.ceil(size[0] / stride) * math.ceil(size[1] / stride), 32)
+    assert grid.mask is None
+
+
+def test_forward_gives_every_parameter_a_gradient():
+    model, batch = small_model(), small_batch()
+    out = model.train()(batch)
+    assert out["mlm"].shape == (int((batch["mlm_labels"] >= 0).sum()), 50) and out["itm"].shape == (6, 2)
+    assert out["caption"].shape == (6, 6, 50)
+    objects = out["objects"]
+    assert objects["logits"]["coco"].shape == (2, 3, 5, 4) and objects["logits"]["vg"].shape == (2, 3, 5, 5)
+    assert objects["boxes"].shape == (2, 3, 5, 4) and objects["attributes"].shape == (2, 3, 5, 6)
+    total = sum(x.square().sum() for x in (
+        out["mlm"], out["itm"], out["caption"], objects["boxes"], objects["attributes"], *objects["logits"].values()))
+    total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The parts against references
+
+
+def slow_sine_positions(height, width, channels):
+    """DETR's formula, one number at a time: channel 2 i the sine, 2 i + 1 the cosine, of wavelength 10000^(2 i / d)."""
+    d = channels // 2
+    out = torch.zeros(height, width, channels, dtype=torch.float64)
+    for r, c, i in itertools.product(range(height), range(width), range(d)):
+        wave = 10000 ** (2 * (i // 2) / d)
+        for at, place in ((0, (r + 1) / height), (d, (c + 1) / width)):
+            angle = place * 2 * math.pi / wave
+            out[r, c, at + i] = math.cos(angle) if i % 2 else math.sin(angle)
+    return out
+
+
+def test_sine_positions_are_detrs_in_another_order_and_counted_over_the_unpadded_area():
+    mask = torch.zeros(2, 4, 5, dtype=torch.bool)
+    mask[0, :3, :4] = mask[1] = True
+    found = sine_positions(mask, 16).view(2, 4, 5, 16)
+    order = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]  # sines first, then cosines; DETR has them in turn
+    for b, (h, w) in enumerate(((3, 4), (4, 5))):
+        expected = slow_sine_positions(h, w, 16)[..., order].float()
+        torch.testing.assert_close(found[b, :h, :w], expected, rtol=1e-4, atol=1e-5)
+
+
+def copy_attention(ours, theirs):
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+
+
+def copy_layer(ours, theirs):
+    names = ("norm1", "norm2", "norm3") if hasattr(ours, "norm3") else ("norm1", "norm2")
+    for name in names:
+        for p in getattr(ours, name).parameters():
+            nn.init.uniform_(p, 0.5, 1.5)
+        getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
+    theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
+    theirs.linear2.load_state_dict(ours.feed_forward[3].state_dict())
+
+
+CONFIG = Config(width=64, heads=2, head_width=32, feed_forward=96, dropout=0.0)
+
+
+def test_attention_equals_pytorchs():
+    ours, theirs = Attention(CONFIG), nn.MultiheadAttention(64, 2, batch_first=True)
+    copy_attention(ours, theirs)
+    query, key, value = torch.randn(3, 5, 64), torch.randn(3, 7, 64), torch.randn(3, 7, 64)
+    mask = torch.rand(3, 7) < 0.7
+    mask[:, 0] = True
+    expected, _ = theirs(query, key, value, key_padding_mask=~mask)
+    torch.testing.assert_close(ours(query, ours.keys_values(key, value), mask), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_equal_pytorchs_post_norm_layers():
+    ours, theirs = EncoderLayer(CONFIG), nn.TransformerEncoderLayer(64, 2, 96, 0.0, "gelu", batch_first=True)
+    copy_layer(ours, theirs)
+    copy_attention(ours.attention, theirs.self_attn)
+    x, mask = torch.randn(3, 6, 64), torch.rand(3, 6) < 0.7
+    mask[:, 0] = True
+    there = mask[..., None]
+    torch.testing.assert_close(ours(x, torch.zeros_like(x), mask) * there, theirs(x, src_key_padding_mask=~mask) * there,
+                               rtol=1e-4, atol=1e-5)
+    ours, theirs = DecoderLayer(CONFIG), nn.TransformerDecoderLayer(64, 2, 96, 0.0, "gelu", batch_first=True)
+    copy_layer(ours, theirs)
+    copy_attention(ours.self_attention, theirs.self_attn)
+    copy_attention(ours.cross_attention, theirs.multihead_attn)
+    memory = Memory(torch.randn(3, 6, 64), torch.zeros(3, 6, 64), mask)
+    causal = nn.Transformer.generate_square_subsequent_mask(6)
+    torch.testing.assert_close(
+        ours(x, 0, memory, causal=True),
+        theirs(x, memory.states, tgt_mask=causal, memory_key_padding_mask=~mask), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_go_to_queries_and_keys_but_not_to_values():
+    layer, theirs = EncoderLayer(CONFIG), nn.MultiheadAttention(64, 2, batch_first=True)
+    copy_attention(layer.attention, theirs)
+    x, positions = torch.randn(2, 6, 64), torch.randn(2, 6, 64)
+    attended, _ = theirs(x + positions, x + positions, x)
+    y = layer.norm1(x + attended)
+    expected = layer.norm2(y + layer.feed_forward(y))
+    torch.testing.assert_close(layer(x, positions, None), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_equals_torchvisions(tmp_path):
+    torch.manual_seed(1)
+    resnet = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    for name, buffer in resnet.named_buffers():
+        buffer.uniform_(0.5, 1.5) if "var" in name or "weight" in name else buffer.normal_(std=0.2)
+    torch.save(resnet.state_dict(), tmp_path / "r18.pth")
+    model = small_model(stride=32, frozen_batch_norm=True)
+    model.backbone.load_weights(str(tmp_path / "r18.pth"))
+    image = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
+    pixels = torchvision.transforms.functional.normalize(image / 255, IMAGE_MEAN, IMAGE_STD)
+    c5 = create_feature_extractor(resnet.eval(), {"layer4": "c5"})(pixels)["c5"]
+    grid, mask = model.backbone(image, torch.tensor([[70, 90]] * 2))
+    torch.testing.assert_close(grid, F.conv2d(c5, model.backbone.project.weight, model.backbone.project.bias),
+                               rtol=1e-4, atol=1e-4)
+    assert mask.shape == (2, 3, 3) and mask.all()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def all_outputs(model, batch):
+    """Everything the model says of a batch, with a dimension for the picture first."""
+    B, K, T = batch["tokens"].shape
+    grid = model.encode_picture(batch["images"], batch["sizes"])
+    joint = model.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))
+    alone = model.encode(grid)
+    caption = model.decode_caption(alone.repeat(K), batch["captions"].flatten(0, 1))
+    out = {"words": joint.states[:, :T].unflatten(0, (B, K)), "itm": model.itm(joint.states[:, 0]).unflatten(0, (B, K)),
+           "caption": caption.unflatten(0, (B, K))}
+    for name, memory in (("with", model.encode(grid, batch["tokens"][:, 0])), ("without", alone)):
+        objects = model.detect(memory)
+        out[f"boxes {name}"] = objects["boxes"].transpose(0, 1)
+        out[f"classes {name}"] = objects["logits"]["vg"].transpose(0, 1)
+        out[f"attributes {name}"] = objects["attributes"].transpose(0, 1)
+    return out
+
+
+def same(a, b, tokens=None, **tolerance):
+    for name in a:
+        x, y = a[name], b[name]
+        if name == "words":  # what stands at the place of a padded word is never looked at
+            x, y = x * (tokens != 0)[..., None], y * (tokens != 0)[..., None]
+        torch.testing.assert_close(x, y, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "batch norm"])
+@torch.no_grad()
+def test_a_picture_does_not_depend_on_its_batch(stride, frozen):
+    model, batch = small_model(stride=stride, frozen_batch_norm=frozen), small_batch(((64, 80), (37, 96), (61, 33)))
+    together = all_outputs(model, batch)
+    for b, (h, w) in enumerate(batch["sizes"].tolist()):
+        alone = {**batch, **{k: batch[k][b:b + 1] for k in ("sizes", "tokens", "captions")},
+                 "images": batch["images"][b:b + 1, :, :h, :w]}
+        same({k: v[b:b + 1] for k, v in together.items()}, all_outputs(model, alone), alone["tokens"], rtol=1e-4,
+             atol=1e-4)
+
+
+@torch.no_grad()
+def test_padded_pixels_and_words_change_nothing():
+    model, batch = small_model(), small_batch()
+    before = all_outputs(model, batch)
+    noisy = copy.deepcopy(batch)
+    for row, (h, w) in zip(noisy["images"], noisy["sizes"].tolist()):
+        row[:, h:], row[:, :, w:] = 255, 99
+    same(before, all_outputs(model, noisy), batch["tokens"], rtol=0, atol=0)
+    longer = {**batch, "tokens": F.pad(batch["tokens"], (0, 4))}
+    after = all_outputs(model, longer)
+    after["words"] = after["words"][:, :, :7]
+    same(before, after, batch["tokens"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_padding_is_not_masked(monkeypatch):
+    model = small_model()
+    seen = []
+    inner = type(model.backbone)._zero_the_padding
+    monkeypatch.setattr(type(model.backbone), "_zero_the_padding", lambda self, m, i: seen.append(self._masks))
+    model = small_model()
+    model.encode_picture(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
+    assert len(seen) == 14 and all(masks is None for masks in seen)  # 13 convolutions of 3x3 or 7x7, and the pooling
+    assert inner is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What may see what
+
+
+@torch.no_grad()
+def test_a_later_word_never_changes_an_earlier_output():
+    model, batch = small_model(), small_batch(T=9)
+    alone = model.encode(model.encode_picture(batch["images"], batch["sizes"]))
+    words = torch.randint(5, 50, (3, 9))
+    before = model.decode_caption(alone, words)
+    for t in range(1, 9):
+        changed = words.clone()
+        changed[:, t:] = torch.randint(5, 50, (3, 9 - t))
+        after = model.decode_caption(alone, changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+def embedded(model, batch):
+    """Run `forward` and keep the two sentence embeddings: the encoder's input, the caption decoder's input."""
+    kept = []
+    hook = model.sentence.register_forward_hook(lambda m, i, out: (out.retain_grad(), kept.append(out))[0])
+    out = model(batch)
+    hook.remove()
+    return out, *kept
+
+
+def test_captioning_never_sees_the_encoders_sentence_and_the_other_losses_do():
+    model, batch = small_model(), small_batch()
+    out, to_encoder, to_decoder = embedded(model, batch)
+    out["caption"].square().sum().backward()
+    assert to_encoder.grad is None or to_encoder.grad.abs().sum() == 0
+    assert to_decoder.grad.abs().sum() > 0
+    for name in ("mlm", "itm", "boxes"):
+        out, to_encoder, to_decoder = embedded(model, batch)
+        (out["objects"]["boxes"] if name == "boxes" else out[name]).square().sum().backward()
+        assert to_encoder.grad.abs().sum() > 0, name
+        assert to_decoder.grad is None or to_decoder.grad.abs().sum() == 0, name
+
+
+@torch.no_grad()
+def test_pictures_marked_so_are_detected_without_a_sentence():
+    model, batch = small_model(), small_batch()
+    found = model(batch)["objects"]
+    grid = model.encode_picture(batch["images"], batch["sizes"])
+    alone, joint = model.detect(model.encode(grid)), model.detect(model.encode(grid, batch["tokens"][:, 0]))
+    for b, skip in enumerate(batch["no_sentence"].tolist()):
+        expected = alone if skip else joint
+        torch.testing.assert_close(found["boxes"][:, b], expected["boxes"][:, b], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["logits"]["vg"][:, b], expected["logits"]["vg"][:, b], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone["boxes"], joint["boxes"], atol=1e-4)
+
+
+@torch.no_grad()
+def test_k_sentences_in_one_pass_equal_k_passes():
+    model, batch = small_model(), small_batch(K=3)
+    together = model(batch)
+    for k in range(3):
+        out = model({**batch, **{n: batch[n][:, k:k + 1] for n in ("tokens", "mlm_labels", "captions")}})
+        torch.testing.assert_close(together["itm"].view(3, 3, 2)[:, k], out["itm"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together["caption"].unflatten(0, (3, 3))[:, k], out["caption"], rtol=1e-4, atol=1e-5)
+        mine = (batch["mlm_labels"] >= 0).nonzero()[:, 1] == k
+        torch.testing.assert_close(together["mlm"][mine], out["mlm"], rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_autocast_runs_and_stays_near():
+    model, batch = small_model(), small_batch()
+    exact = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(batch)
+    assert torch.isfinite(out["mlm"]).all() and out["objects"]["boxes"].dtype == torch.float32
+    torch.testing.assert_close(out["objects"]["boxes"], exact["objects"]["boxes"], rtol=0.1, atol=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A model of a larger caption output, so that its choices are not all nearly alike, and a picture's encoding."""
+    model, batch = small_model(vocabulary=9), small_batch()
+    with torch.no_grad():
+        model.caption.weight.mul_(3)
+        return model, model.encode(model.encode_picture(batch["images"], batch["sizes"]))
+
+
+def log_probabilities(model, memory, words):
+    """Of each next word, for one picture, with what may never be said left out."""
+    logits = model.decode_caption(memory, torch.tensor([words]))[0, -1]
+    logits[[model.config.pad, model.config.cls, model.config.mask]] = -math.inf
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def test_greedy_takes_the_likeliest_word_each_time(writer):
+    model, memory = writer
+    for b, (found, _) in enumerate(model.generate(memory, beam=1)):
+        one, words = memory.rows(torch.tensor([b])), [model.config.cls]
+        while len(words) < model.config.max_tokens:
+            word = int(log_probabilities(model, one, words).argmax())
+            if word == model.config.sep:
+                break
+            words.append(word)
+        assert found == words[1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 2.0])
+def test_a_wide_beam_finds_the_best_of_all_sentences(writer, alpha):
+    model, memory = writer
+    say = [w for w in range(9) if w not in (model.config.pad, model.config.cls, model.config.mask)]
+    for b, (found, score) in enumerate(model.generate(memory, beam=200, alpha=alpha, max_tokens=4)):
+        one, best = memory.rows(torch.tensor([b])), (-math.inf, None)
+        for length in (1, 2, 3):  # words and [SEP]; three words are cut off where no room for [SEP] is left
+            for words in itertools.product(say, repeat=length):
+                if model.config.sep in words[:-1]:
+                    continue
+                if words[-1] != model.config.sep and length < 3:
+                    continue
+                total, before = 0.0, [model.config.cls]
+                for word in words:
+                    total += float(log_probabilities(model, one, before)[word])
+                    before.append(word)
+                score_of = total / ((5 + length) / 6) ** alpha
+                best = max(best, (score_of, [w for w in words if w != model.config.sep]))
+        assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [1, 3, 4])
+def test_the_cache_changes_nothing_and_neither_does_the_batch(writer, beam):
+    model, memory = writer
+    with_cache, without = model.generate(memory, beam=beam), model.generate(memory, beam=beam, cache=False)
+    for b, ((words, score), (slow_words, slow_score)) in enumerate(zip(with_cache, without)):
+        assert words == slow_words and score == pytest.approx(slow_score, abs=1e-4)
+        alone = model.generate(memory.rows(torch.tensor([b])), beam=beam)[0]
+        assert alone[0] == words and alone[1] == pytest.approx(score, abs=1e-4)
+        assert len(words) < model.config.max_tokens and not {0, 2, 4} & set(words)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Weights and checkpoints
+
+
+def test_a_checkpoint_holds_all_that_is_needed(tmp_path):
+    model, path = small_model(), tmp_path / "model.pt"
+    save_checkpoint(str(path), model, ["[PAD]", "a"], {"coco": ["x"]}, step=7)
+    assert os.listdir(tmp_path) == ["model.pt"]
+    state = torch.load(path, weights_only=True)
+    assert state["vocabulary"] == ["[PAD]", "a"] and state["step"] == 7
+    again = E2EVLP(load_checkpoint(str(path))["config"])
+    again.load_state_dict(state["model"])
+    again.eval()
+    torch.testing.assert_close(again(small_batch())["itm"], model(small_batch())["itm"], rtol=0, atol=0)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_checkpoint(str(path), small_model(), [], {})
+    before = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model_module.torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(str(path), small_model(), [], {})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_loading_for_another_stage_names_what_does_not_fit():
+    state = small_model().state_dict()
+    state["extra.weight"] = torch.zeros(3)
+    del state["itm.0.weight"]
+    said = []
+    load_weights(small_model(queries=9), state, said.append)
+    assert len(said) == 3
+    assert "not in the checkpoint, starts anew: itm.0.weight" in "\n".join(said)
+    assert "of another shape in the checkpoint, starts anew: query_positions.weight" in "\n".join(said)
+    assert "in the checkpoint but not used: extra.weight" in "\n".join(said)
+
+
+@pytest.mark.parametrize("content,says", [
+    (None, "no such file"), (b"PK\x03\x04 half a file", "not a PyTorch file, or damaged"),
+    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this project (no format"),
+    ({"format": 1, "model": {}, "config": {"wings": 2}, "vocabulary": [], "names": {}}, "another version")])
+def test_a_file_that_is_no_checkpoint(tmp_path, content, says):
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(str(path))
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_backbone_weights_that_do_not_fit(tmp_path):
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
+    with pytest.raises(InputError, match=r"r18.pth: no such file"):
+        small_model().backbone.load_weights(str(tmp_path / "r18.pth"))
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="not a torchvision state dict of resnet18"):
+        small_model().backbone.load_weights(str(tmp_path / "other.pth"))
+
+
+def test_imagenet_weights_without_network(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nowhere")
+    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    with pytest.raises(InputError) as error:
+        small_model().backbone.load_weights("imagenet")
+    text = str(error.value)
+    assert "resnet18-" in text and "download https://" in text and "--backbone-weights none" in text and "\n" not in text
+
+
+def test_unknown_backbone_and_stride():
+    with pytest.raises(InputError, match="--backbone r20: unknown; choose one of r18"):
+        small_model(backbone="r20")
+    with pytest.raises(InputError, match="--stride 8"):
+        small_model(stride=8)
