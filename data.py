@@ -448,8 +448,8 @@ class PretrainingSet(torch.utils.data.Dataset):
             captions.append(self.tokenizer.encode(sentence))  # the captioning target is always the picture's own
             matched = rng.random() < 0.5
             other = None if matched else self.other_sentence(index, rng)
-            # Both kinds of sentence have words hidden, or ITM would only learn to look for [MASK]. But they are only asked
-            # for where the sentence is true of the picture: a mismatched pair would teach MLM to ignore the picture.
+            # Both kinds of sentence have words hidden, or ITM would only learn to look for [MASK]. But they are only
+            # asked for where the sentence is true of the picture: a mismatched pair would teach MLM to ignore it.
             pieces, labels = mask_words(captions[-1] if other is None else self.tokenizer.encode(other),
                                         self.tokenizer, rng)
             if other is not None:

@@ -151,7 +151,8 @@ def test_coco_one_bad_box_among_ten_thousand_is_left_out_and_said(files):
      "annotation 90: unknown category_id 5"),
     ("coco/annotations/instances_train2017.json", lambda f: f["images"][0].update(height=0), "image 9: height"),
     ("coco/annotations/instances_train2017.json", lambda f: f["images"][0].pop("width"), "record id 9: 'width' is"),
-    ("coco/annotations/instances_train2017.json", lambda f: f.pop("images"), "expected a list of records under 'images'"),
+    ("coco/annotations/instances_train2017.json", lambda f: f.pop("images"),
+     "expected a list of records under 'images'"),
     ("coco/annotations/captions_train2017.json", lambda f: f["annotations"][0].update(caption=None),
      "record id 45: 'caption' is 'None'"),
     ("vg/objects.json", lambda f: f[0]["objects"][0].update(w="wide"), "record object_id 100: 'w' is 'wide'"),
@@ -216,7 +217,8 @@ def test_visual_genome_with_its_flaws(files):
     pictures, same, objects, attributes = read_vg(files.folder, say)
     boxes, labels, of_boxes = pictures[1].vg
     assert labels.tolist() == [1, 0] and of_boxes == [(0, 1), ()]
-    np.testing.assert_allclose(boxes, [[8 / 40, 6 / 30, 8 / 40, 6 / 30], [2.5 / 40, 2.5 / 30, 5 / 40, 5 / 30]], rtol=1e-6)
+    np.testing.assert_allclose(boxes, [[8 / 40, 6 / 30, 8 / 40, 6 / 30], [2.5 / 40, 2.5 / 30, 5 / 40, 5 / 30]],
+                               rtol=1e-6)
     assert pictures[1].sentences == ["region of 1", "a\u00e9"]
     assert "of 10 boxes left out 1 empty or outside, 2 whose name is not in" in str(say)
     assert objects[1] == ["automobile", "car", "cars"] and attributes[1] == ["large", "big"] and same[2][0] == 25
@@ -354,13 +356,14 @@ def pictures(tmp_path):
         boxes = np.array([[0.5, 0.5, 0.2, 0.2]], np.float32)
         coco = (boxes, np.array([i % 3])) if i % 2 == 0 else None
         vg = (boxes, np.array([i % 3]), ((0, 2),)) if i % 2 or i == 0 else None
-        made.append(Picture(f"coco {i}", path, (32, 40), [f"cat {i}", "The cat" if i % 2 else "the CAT", f"un {i} able"],
-                            coco, vg))
+        sentences = [f"cat {i}", "The cat" if i % 2 else "the CAT", f"un {i} able"]
+        made.append(Picture(f"coco {i}", path, (32, 40), sentences, coco, vg))
     return made
 
 
 def training_set(pictures, vocabulary, **settings):
-    return PretrainingSet(pictures, Tokenizer(vocabulary), 4, **{**dict(short_sides=(32, 48), long_side=64), **settings})
+    settings = {"short_sides": (32, 48), "long_side": 64, **settings}
+    return PretrainingSet(pictures, Tokenizer(vocabulary), 4, **settings)
 
 
 def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vocabulary):

@@ -127,8 +127,8 @@ def test_layers_equal_pytorchs_post_norm_layers():
     x, mask = torch.randn(3, 6, 64), torch.rand(3, 6) < 0.7
     mask[:, 0] = True
     there = mask[..., None]
-    torch.testing.assert_close(ours(x, torch.zeros_like(x), mask) * there, theirs(x, src_key_padding_mask=~mask) * there,
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(x, torch.zeros_like(x), mask) * there,
+                               theirs(x, src_key_padding_mask=~mask) * there, rtol=1e-4, atol=1e-5)
     ours, theirs = DecoderLayer(CONFIG), nn.TransformerDecoderLayer(64, 2, 96, 0.0, "gelu", batch_first=True)
     copy_layer(ours, theirs)
     copy_attention(ours.self_attention, theirs.self_attn)
@@ -452,7 +452,8 @@ def test_imagenet_weights_without_network(monkeypatch):
     with pytest.raises(InputError) as error:
         small_model().backbone.load_weights("imagenet")
     text = str(error.value)
-    assert "resnet18-" in text and "download https://" in text and "--backbone-weights none" in text and "\n" not in text
+    assert "resnet18-" in text and "download https://" in text and "--backbone-weights none" in text
+    assert "\n" not in text
 
 
 def test_unknown_backbone_and_stride():

@@ -107,7 +107,8 @@ def assign(choices, used=()):
 def test_the_checker_tells_true_from_false():
     things = [dict(size="small", colour="red", fill="solid", kind="circle", box=(0, 0, 10, 10)),
               dict(size="large", colour="blue", fill="striped", kind="cross", box=(40, 40, 20, 20))]
-    for text, truth in (("A small circle.", True), ("a large circle", False), ("a red circle left of a blue cross", True),
+    for text, truth in (("A small circle.", True), ("a large circle", False),
+                        ("a red circle left of a blue cross", True),
                         ("there is a circle to the right of a cross", False), ("two shapes", True),
                         ("there are two circles", False), ("a cross at the bottom", True),
                         ("a circle on the right", False), ("a circle and a circle", False),
@@ -259,7 +260,8 @@ def test_answers_are_right(world, annotated):
         if a["image_id"] not in link:
             continue
         things, width, height = found[link[a["image_id"]]]
-        body = re.fullmatch(r"(Is there|How many|What color is the|What is the|Where is the) (.*?)( are there)?\?", text)
+        asks = "Is there|How many|What color is the|What is the|Where is the"
+        body = re.fullmatch(rf"({asks}) (.*?)( are there)?\?", text)
         if body[1] == "Is there":
             assert is_true(body[2], things, width, height) == (answer == "yes"), text
         elif body[1] == "How many":
