@@ -369,6 +369,18 @@ def load_picture(path):
         return image.convert("RGB")
 
 
+def decodable(pictures, say=print):
+    """Those of the pictures that can be decoded; the others are said and left out (for validation, which is small)."""
+    good = []
+    for picture in pictures:
+        try:
+            load_picture(picture.file)
+            good.append(picture)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+            say(f"{picture.file}: cannot be decoded ({error}); left out of validation")
+    return good
+
+
 def resized(height, width, short, long=LONG_SIDE):
     """(height, width) after scaling the shorter side to `short`, or less if the longer would pass `long` (DETR)."""
     scale = min(short / min(height, width), long / max(height, width))

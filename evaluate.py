@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -25,7 +26,17 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import InputError, Tokenizer, load_picture, mask_words, pad_pictures, pad_tokens, read_pretraining, to_pixels
+from data import (
+    InputError,
+    Tokenizer,
+    decodable,
+    load_picture,
+    mask_words,
+    pad_pictures,
+    pad_tokens,
+    read_pretraining,
+    to_pixels,
+)
 from matcher import hungarian_match
 from model import E2EVLP, load_checkpoint
 
@@ -377,7 +388,12 @@ def main(argv=None):
     parser.add_argument("--sheet", help="draw a dozen pictures with what was found to this PNG file")
     args = parser.parse_args(argv)
     try:
+        for flag, path in (("--json", args.json), ("--sheet", args.sheet)):
+            if path and not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise InputError(f"{flag} {path}: cannot be written; make its folder first, or give another")
         state = load_checkpoint(args.checkpoint)
+        if "args" not in state:
+            raise InputError(f"--checkpoint {args.checkpoint}: not of a training run; give a run's last.pt")
         data = read_pretraining(args.data, state["args"]["sets"])
         if data["names"] != state["names"]:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
@@ -387,7 +403,7 @@ def main(argv=None):
         model = E2EVLP(state["config"]).to(args.device)
         model.load_state_dict(state["model"])
         size = {"short": max(state["args"]["short_sides"]), "long": state["args"]["long_side"], "device": args.device}
-        pictures = data["val"][:args.pictures]
+        pictures = decodable(data["val"][:args.pictures])
         measures = measure_with_blind(model, tokenizer, data["names"], pictures, batch_size=args.batch_size, **size)
         for name, value in measures.items():
             if name.startswith("val_"):

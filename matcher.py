@@ -64,7 +64,8 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
     logits (L, B, Q, C + 1), the last class is "no object"; boxes (L, B, Q, 4); targets: B dicts with labels (n,) int64
     and boxes (n, 4). Returns four index tensors (M,): layer, picture, query, and row in the targets of all pictures
     one after another. With more objects than queries the dearest objects stay without a partner.
-    Raises ValueError if a prediction is not finite.
+    A prediction that is not finite costs more than any other; its loss is not finite either, and the training loop
+    then says for which pictures.
 
     No gradient goes through the matching: an assignment is a choice, it has no derivative. What is differentiated is
     the loss of the pairs that were chosen, exactly as in max-pooling.
@@ -88,11 +89,7 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
     cost -= cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(found)[..., None, :],
                                             box_cxcywh_to_xyxy(wanted)[None, :, None])
     cost = cost.cpu()  # the one transfer: scipy works on the host, and each transfer would wait for the device
-    if not torch.isfinite(cost).all():
-        layer, picture = (~torch.isfinite(cost)).nonzero()[0, :2].tolist()
-        raise ValueError(f"hungarian_match: predictions of layer {layer} for picture {picture} of the batch are not "
-                         "finite; the training has diverged (lower the learning rate)")
-    cost = cost.numpy()
+    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).numpy()
     rows = []
     for layer in range(L):
         before = 0

@@ -49,6 +49,7 @@ class Config:
     dropout: float = 0.1
     vocabulary: int = 30522         # word pieces
     max_tokens: int = 40            # [CLS] and [SEP] included
+    temperature: float = 10000.0    # longest wavelength of the picture's sine positions, in widths of the picture
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # label set -> classes, without no-object
     attributes: int = 400
     pad: int = 0                    # word pieces with a meaning of their own; their numbers depend on the vocabulary
@@ -152,11 +153,14 @@ class Backbone(nn.Module):
         self.resnet.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
 
 
-def sine_positions(mask, width):
+def sine_positions(mask, width, temperature=10000.0):
     """Fixed 2-D sine positions as in DETR. mask (B, H, W) bool, True = picture; returns (B, H * W, width) float32.
 
     Half of the channels tell the row, half the column, as sines and cosines of growing wavelength. Rows and columns are
     counted over the unpadded area and scaled to 0 .. 2 pi, so a cell at the right border reads the same for each size.
+    The wavelengths grow from the picture's side to `temperature` times that. Those much longer than the picture hardly
+    change from cell to cell: with DETR's 10000 most channels are nearly constant, with 20 all of them tell places apart
+    (so DAB-DETR, section 4.4), and a small grid is learnt sooner.
     """
     B, H, W = mask.shape
     counted = mask.float()
@@ -165,7 +169,7 @@ def sine_positions(mask, width):
     y = y / y[:, -1:, :].clamp(min=1) * 2 * math.pi
     x = x / x[:, :, -1:].clamp(min=1) * 2 * math.pi
     quarter = width // 4
-    wavelength = 10000 ** (torch.arange(quarter, device=mask.device) / quarter)
+    wavelength = temperature ** (torch.arange(quarter, device=mask.device) / quarter)
     y, x = y[..., None] / wavelength, x[..., None] / wavelength  # (B, H, W, width / 4)
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).view(B, H * W, width)
 
@@ -335,7 +339,13 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for embeddings (BERT); the ResNet keeps torchvision's own."""
+        """Xavier for matrices (DETR), normal 0.02 for embeddings (BERT); the ResNet keeps torchvision's own.
+
+        What a layer adds to its input starts small, so that a new layer changes little. Else a dozen random layers with
+        their norm after the sum (post-norm) first blur the picture's cells into one another, and nothing is found until
+        that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention is left as it is: at first an object query
+        has no content of its own to keep.
+        """
         for name, parameter in self.named_parameters():
             if name.startswith("backbone.resnet"):
                 continue
@@ -343,6 +353,10 @@ class E2EVLP(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name != "query_positions.weight" and parameter.dim() == 2:
                 nn.init.xavier_uniform_(parameter)
+            if name.endswith((".attention.out.weight", "self_attention.out.weight", "feed_forward.3.weight")):
+                parameter.data.mul_(0.05)
+            elif name.endswith(("attention.out.bias", "feed_forward.3.bias")):
+                nn.init.zeros_(parameter)
         with torch.no_grad():
             self.sentence.token.weight[self.config.pad].zero_()
 
@@ -351,7 +365,7 @@ class E2EVLP(nn.Module):
     def encode_picture(self, images, sizes):
         """Pixels to grid: (B, 3, H0, W0) uint8, (B, 2) -> Memory of S = H * W cells. The costly part; runs once."""
         grid, mask = self.backbone(images, sizes)                     # (B, D, H, W), (B, H, W)
-        positions = sine_positions(mask, grid.shape[1]).to(grid.dtype)
+        positions = sine_positions(mask, grid.shape[1], self.config.temperature).to(grid.dtype)
         mask = mask.flatten(1)                                        # (B, S)
         return Memory(grid.flatten(2).transpose(1, 2), positions, None if bool(mask.all()) else mask)
 

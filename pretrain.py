@@ -25,7 +25,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import shapes
-from data import LONG_SIDE, SHORT_SIDES, Batches, InputError, PretrainingSet, Tokenizer, collate, read_pretraining
+from data import (
+    LONG_SIDE,
+    SHORT_SIDES,
+    Batches,
+    InputError,
+    PretrainingSet,
+    Tokenizer,
+    collate,
+    decodable,
+    read_pretraining,
+)
 from evaluate import draw_sheet, measure_with_blind
 from matcher import LOSS_WEIGHTS, count, set_loss
 from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, save_checkpoint
@@ -60,6 +70,8 @@ def parse(argv):
     g.add_argument("--encoder-layers", type=int, default=12, help="6 or 12 in the paper")
     g.add_argument("--decoder-layers", type=int, default=6)
     g.add_argument("--queries", type=int, default=100, help="objects that can be found in a picture, at most")
+    g.add_argument("--temperature", type=float, default=10000.0,
+                   help="longest wavelength of the sine positions, in widths of the picture")
     g.add_argument("--dropout", type=float, default=0.1)
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, default=32, help="pictures a step, over all processes")
@@ -83,7 +95,7 @@ def parse(argv):
     g.add_argument("--output", default="runs/pretrain", help="folder for log.jsonl, last.pt and sheet.png")
     g.add_argument("--resume", help="go on from this last.pt, with its settings, in its folder")
     g.add_argument("--log-every", type=int, default=50, help="steps")
-    g.add_argument("--val-every", type=int, default=0, help="steps (0: only at the end)")
+    g.add_argument("--val-every", type=int, default=5000, help="steps (0: only at the end)")
     g.add_argument("--val-pictures", type=int, default=1000, help="held-out pictures to measure on, at most")
     g.add_argument("--checkpoint-minutes", type=float, default=30, help="time between two checkpoints")
     chosen = parser.parse_args(argv)
@@ -98,7 +110,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if state is not None:
         for flag in ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers", "decoder_layers",
-                     "queries", "dropout", "sets", "seed"):
+                     "queries", "temperature", "dropout", "sets", "seed"):
             if getattr(args, flag) != state["args"][flag]:
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'][flag]}; leave the flag away")
@@ -117,9 +129,10 @@ def mini_preset(parser):
     """The miniature world on two cores in 20 minutes: everything smaller, nothing different. shapes.py writes it."""
     parser.set_defaults(
         data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
-        backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=512, encoder_layers=3,
-        decoder_layers=3, queries=16, dropout=0.0, batch_size=16, minutes=16.0, epochs=40, lr=5e-4, lr_backbone=5e-4,
-        schedule="cosine", warmup=200, clip=1.0, val_pictures=200, output="runs/mini", checkpoint_minutes=5.0)
+        backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=256, encoder_layers=3,
+        decoder_layers=3, queries=16, temperature=20.0, dropout=0.0, batch_size=32, minutes=18.0, epochs=40, lr=1e-3,
+        lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, val_pictures=200, output="runs/mini",
+        checkpoint_minutes=5.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -149,8 +162,33 @@ def summed(values, world, device):
     return values.tolist()
 
 
-def prepare_output(folder, resumed, say):
-    """Make the folder, see that it can be written, and move what an earlier run left there out of the way."""
+def gathered(value, world):
+    """The values of all processes, a list in the order of their ranks; collective."""
+    values = [value]
+    if world > 1:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+    return values
+
+
+def attempt(function, world):
+    """Call a function in each process; if it raises InputError in any of them, raise that in all; collective.
+
+    A process that stopped alone would leave the others waiting for it until their time is over.
+    """
+    result = problem = None
+    try:
+        result = function()
+    except InputError as error:
+        # From a loader's worker comes a whole traceback as text; our own line stands at its end.
+        problem = str(error).rsplit("InputError: ", 1)[-1].strip()
+    for text in filter(None, gathered(problem, world)):
+        raise InputError(text)
+    return result
+
+
+def check_output(folder):
+    """Make the folder and see that it can be written: better now than after hours."""
     try:
         os.makedirs(folder, exist_ok=True)
         probe = os.path.join(folder, f".probe-{os.getpid()}")
@@ -159,8 +197,24 @@ def prepare_output(folder, resumed, say):
         os.remove(probe)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+
+
+def clear_output(folder, resumed, say):
+    """Move what an earlier run left in the folder out of the way.
+
+    resumed: the step that the run goes on from, or None for a new one. Lines of the log past that step belong to the
+    part that was lost; they go, since the run writes them anew.
+    """
     left = [name for name in ("log.jsonl", "last.pt", "sheet.png") if os.path.exists(os.path.join(folder, name))]
-    if left and not resumed:
+    if resumed is not None:
+        log = os.path.join(folder, "log.jsonl")
+        if os.path.exists(log):
+            with open(log) as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= resumed]
+            with open(f"{log}.tmp", "w") as file:
+                file.writelines(lines)
+            os.replace(f"{log}.tmp", log)
+    elif left:
         number = 1
         while os.path.exists(os.path.join(folder, f"earlier-{number}")):
             number += 1
@@ -239,13 +293,15 @@ def train(args, state):
     share = args.batch_size // world
     parts = next(n for n in range(1, share + 1) if share % n == 0 and (not args.micro_batch or
                                                                        share // n <= args.micro_batch))
-    if rank == 0:
-        prepare_output(args.output, state is not None, say)
-        if args.shapes and not os.path.exists(args.data):
-            say(f"writing the miniature world to {args.data}")
-            shapes.write_world(args.data)
-    if world > 1:
-        dist.barrier()
+
+    def first_process_prepares():
+        if rank == 0:
+            check_output(args.output)
+            if args.shapes and not os.path.exists(args.data):
+                say(f"writing the miniature world to {args.data}")
+                shapes.write_world(args.data)
+
+    attempt(first_process_prepares, world)
 
     # Data, tokenizer, model
     data = read_pretraining(args.data, args.sets, say)
@@ -257,10 +313,10 @@ def train(args, state):
     config = state["config"] if state else Config(
         backbone=args.backbone, stride=args.stride, frozen_batch_norm=args.backbone_weights != "none",
         width=args.width, heads=args.heads, feed_forward=args.feed_forward, encoder_layers=args.encoder_layers,
-        decoder_layers=args.decoder_layers, queries=args.queries, dropout=args.dropout, vocabulary=len(tokenizer),
-        max_tokens=tokenizer.max_tokens, classes={name: len(names[name]) for name in args.sets},
-        attributes=len(names["attributes"]), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
-        mask=tokenizer.mask)
+        decoder_layers=args.decoder_layers, queries=args.queries, temperature=args.temperature, dropout=args.dropout,
+        vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens,
+        classes={name: len(names[name]) for name in args.sets}, attributes=len(names["attributes"]),
+        pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask)
     torch.manual_seed(args.seed)  # the same weights in each process
     model = E2EVLP(config)
     if state is not None:
@@ -272,15 +328,15 @@ def train(args, state):
     ours = {id(p) for p in backbone}
     optimizer = torch.optim.AdamW([
         {"params": [p for p in model.parameters() if id(p) not in ours], "lr": args.lr},
-        {"params": backbone, "lr": args.lr_backbone}], weight_decay=args.weight_decay)
+        {"params": backbone, "lr": args.lr_backbone}], weight_decay=args.weight_decay, fused=True)
     base_rates = [args.lr, args.lr_backbone]
     step = spent = 0
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["seconds"]
-    wrapped = torch.compile(model) if args.compile else model
-    if world > 1:
-        wrapped = DistributedDataParallel(wrapped)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    if args.compile:
+        wrapped = torch.compile(wrapped)
 
     # Batches
     trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
@@ -292,7 +348,7 @@ def train(args, state):
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
         collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
-    val = data["val"][:args.val_pictures]
+    val = decodable(data["val"][:args.val_pictures], say)
     say(f"{len(data['train'])} pictures with {sum(len(p.sentences) for p in data['train'])} sentences to train on, "
         f"{len(val)} held out")
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
@@ -302,6 +358,8 @@ def train(args, state):
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
 
     # The run
+    if rank == 0:
+        clear_output(args.output, None if state is None else state["step"], say)
     weights = weights_of(args.without)
     log = os.path.join(args.output, "log.jsonl")
     broken = set()
@@ -337,7 +395,7 @@ def train(args, state):
     while not done:
         # 1. The step's parts, and what their losses are divided by, summed over parts and processes. The first
         #    process's clock travels with the sums, so that all agree on when the time is over.
-        micro = [next(iterator) for _ in range(parts)]
+        micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         broken.update(name for batch in micro for name in batch["broken"])
         local = [sum(column) for column in zip(*(counts_of(batch, args) for batch in micro))]
         *counts, spent, total_broken = summed(
@@ -372,10 +430,11 @@ def train(args, state):
 
         # 4. Clip, look, step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm):  # the same in each process: it is the norm of the sum over all
+            seen = gathered([data["train"][i].name for batch in micro for i in batch["index"]], world)
             raise InputError(f"step {step}: the gradient is not finite (losses "
                              f"{ {k: round(float(v), 3) for k, v in sums.items()} }, pictures "
-                             f"{[data['train'][i].name for i in micro[0]['index']]}); try a lower --lr")
+                             f"{', '.join(sum(seen, []))}); try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + args.batch_size
@@ -399,6 +458,7 @@ def train(args, state):
             logged, seen = time.time(), 0
         if args.val_every and step % args.val_every == 0 and not done:
             validate()
+            logged, seen = time.time(), 0
         if time.time() - saved > args.checkpoint_minutes * 60:
             save()
             saved = time.time()

@@ -195,14 +195,20 @@ def test_boxes_without_area_give_no_nan():
     assert torch.isfinite(generalized_box_iou(point, point)).all()
 
 
-def test_errors_say_what_is_wrong():
+def test_corners_in_the_wrong_order_are_an_error():
     with pytest.raises(ValueError, match="x1 < x0"):
         generalized_box_iou(torch.tensor([[0.5, 0.5, 0.2, 0.6]]), torch.tensor([[0.1, 0.1, 0.2, 0.2]]))
-    outputs, targets = random_case((2,))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_are_matched_last_and_make_the_loss_not_finite(bad):
+    outputs, targets = random_case((2, 8))
     with torch.no_grad():
-        outputs["boxes"][1, 0, 3, 0] = math.nan
-    with pytest.raises(ValueError, match="layer 1 for picture 0 .* not finite"):
-        hungarian_match(outputs["logits"]["coco"], outputs["boxes"], targets)
+        outputs["boxes"][1, 0, 3] = bad
+        outputs["logits"]["coco"][1, 0, 3] = bad
+    layer, picture, query, _ = hungarian_match(outputs["logits"]["coco"], outputs["boxes"], targets)
+    assert len(layer) == 3 * (2 + 8) and not ((layer == 1) & (picture == 0) & (query == 3)).any()
+    assert not torch.isfinite(weighted(set_loss(outputs, targets)))
 
 
 def test_half_precision_is_computed_in_float32():

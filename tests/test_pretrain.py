@@ -1,0 +1,360 @@
+"""Stage 1 as a user runs it: the command lines at a tiny size, resume, several processes, full size, bad input."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, TINY, small_batch, small_model
+from PIL import Image
+
+import pretrain
+from model import load_checkpoint
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def log(folder):
+    """(lines of training, lines of validation)"""
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+def ok(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A torchvision state dict, so that batch norm is frozen."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """A finished run of four steps: (its folder, what it printed)."""
+    folder = str(tmp_path_factory.mktemp("run") / "out")
+    done = subprocess.run([sys.executable, "pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4",
+                           "--schedule", "step"], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    return folder, ok(done)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def test_a_run_writes_its_log_checkpoint_and_sheet(run):
+    folder, said = run
+    assert sorted(os.listdir(folder)) == ["last.pt", "log.jsonl", "sheet.png"]
+    steps, validations = log(folder)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    parts = ("loss_mlm", "loss_itm", "loss_caption", "loss_class", "loss_bbox", "loss_giou", "loss_attribute")
+    for line in steps:
+        assert {"epoch", "loss", *parts, "lr", "lr_backbone", "grad_norm", "pictures_per_second"} <= set(line)
+        weights = (1, 1, 1, 1, 5, 2, 1)  # Eq. 3 with DETR's weights
+        assert line["loss"] == pytest.approx(sum(w * line[name] for w, name in zip(weights, parts)), rel=1e-5)
+    (values,) = validations
+    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP", "AP50",
+                 "AP_no_sentence", "AP50_no_sentence", "attribute_accuracy", "caption_objects"):
+        assert 0 <= values[f"val_{name}"] <= 1 and 0 <= values[f"blind_{name}"] <= 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("On 4 held-out pictures it guesses") and last.endswith(f"{folder}/sheet.png")
+    assert f"{values['val_caption_objects']:.2f} (blind {values['blind_caption_objects']:.2f})" in last
+    with Image.open(f"{folder}/sheet.png") as image:
+        assert image.size[0] > 1000 and len(image.convert("RGB").getcolors(10 ** 6)) > 10
+
+
+def test_the_checkpoint_says_how_it_was_made(run, world):
+    state = load_checkpoint(f"{run[0]}/last.pt")
+    assert state["step"] == 4 and state["args"]["data"] == world and state["args"]["mini"]
+    assert state["names"]["coco"][0] == "circle" and state["config"].classes == {"coco": 6, "vg": 6}
+    assert len(state["vocabulary"]) == state["config"].vocabulary == state["model"]["caption.weight"].shape[0]
+
+
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(run, world, command, tmp_path):
+    options = [*TINY, "--data", world, "--output", tmp_path / "out", "--schedule", "step"]
+    ok(command("pretrain.py", *options, "--steps", 2))
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 99}\n{"step": 4, "lo')  # what a killed run may leave after its checkpoint
+    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", "--steps", 4))
+    whole, parted = load_checkpoint(f"{run[0]}/last.pt"), load_checkpoint(str(tmp_path / "out" / "last.pt"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parted["model"][name]), name
+    steps, _ = log(tmp_path / "out")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for a, b in zip(log(run[0])[0], steps):
+        assert a["loss"] == b["loss"] and a["lr"] == b["lr"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_a_second_run_moves_the_first_one_out_of_the_way(run, world, command, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(run[0], folder)
+    said = ok(command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", 1))
+    assert f"moved it to {folder}/earlier-1" in said
+    assert sorted(os.listdir(folder / "earlier-1")) == ["last.pt", "log.jsonl", "sheet.png"]
+    assert len(log(folder)[0]) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The same on several processes
+
+
+@pytest.fixture(scope="module")
+def one_step(world, weights, tmp_path_factory):
+    """The checkpoint and log after one step of total batch 4, run in some way."""
+    def step(*launch, **flags):
+        folder = str(tmp_path_factory.mktemp("step") / "out")
+        words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))]
+        done = subprocess.run(
+            [sys.executable, *launch, "pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "1",
+             "--backbone-weights", weights, "--lr", "1e-4", "--lr-backbone", "1e-5", *words],
+            cwd=ROOT, text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ok(done)
+        return load_checkpoint(f"{folder}/last.pt"), log(folder)[0][0]
+    return step
+
+
+@pytest.mark.parametrize("launch,flags", [(TORCHRUN, {}), ((), {"micro_batch": 1}), (TORCHRUN, {"micro_batch": 1})],
+                         ids=["two processes", "four parts", "two processes of two parts"])
+def test_processes_and_parts_change_nothing(one_step, launch, flags):
+    (one, one_log), (many, many_log) = one_step(), one_step(*launch, **flags)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(many["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: name + m)
+    # AdamW's first step is lr * sign(gradient), nearly; its first moments tell more: they are a tenth of the gradient.
+    for a, b in zip(one["optimizer"]["state"].values(), many["optimizer"]["state"].values()):
+        torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-3, atol=1e-6)
+    for name in one_log:
+        if name.startswith("loss") or name == "grad_norm":
+            assert many_log[name] == pytest.approx(one_log[name], rel=1e-5), name
+
+
+def test_two_processes_measure_what_one_does(run, command, tmp_path):
+    shutil.copytree(run[0], tmp_path / "out")
+    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", launch=TORCHRUN))
+    first, second = log(tmp_path / "out")[1]
+    assert first == pytest.approx(second, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Losses and the schedule
+
+
+def args_of(*words):
+    return pretrain.parse([*words])[0]
+
+
+def test_losses_can_be_left_out(world, command, tmp_path):
+    everything = pretrain.weights_of([])
+    assert everything == {"loss_mlm": 1, "loss_itm": 1, "loss_caption": 1, "loss_class": 1, "loss_bbox": 5,
+                          "loss_giou": 2, "loss_attribute": 1}
+    assert pretrain.weights_of(["attributes"]) == {**everything, "loss_attribute": 0}
+    assert sum(pretrain.weights_of(["mlm", "itm", "detection", "caption"]).values()) == 0
+    ok(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path / "out", "--steps", 1,
+               "--without", "detection", "caption"))
+    (line,), _ = log(tmp_path / "out")
+    assert line["loss"] == pytest.approx(line["loss_mlm"] + line["loss_itm"], rel=1e-6)
+
+
+def test_each_loss_is_normalised_by_its_own_count():
+    model, batch = small_model().train(), small_batch()
+    args = args_of("--queries", "5")
+    args.pad = 0
+    counts = pretrain.counts_of(batch, args)
+    assert counts[0] == int((batch["mlm_labels"] >= 0).sum()) and counts[1] == 6
+    assert counts[2] == int((batch["captions"][..., 1:] != 0).sum()) and counts[3] == 5  # boxes: 2 + 3 + 0
+    out = model(batch)
+    named = pretrain.losses(out, batch, counts, args)
+    words = torch.nn.functional.cross_entropy(out["caption"].transpose(1, 2), batch["captions"].flatten(0, 1)[:, 1:],
+                                              ignore_index=0)
+    torch.testing.assert_close(named["loss_caption"], words)
+    torch.testing.assert_close(named["loss_itm"], torch.nn.functional.cross_entropy(
+        out["itm"], batch["itm_labels"].flatten()))
+
+
+@pytest.mark.parametrize("progress,scale", [(0.0, 1.0), (0.66, 1.0), (0.67, 0.1), (1.0, 0.1)])
+def test_step_schedule(progress, scale):
+    assert pretrain.learning_rate_scale(10 ** 6, progress, args_of()) == scale
+
+
+def test_cosine_schedule_and_warm_up():
+    args = args_of("--schedule", "cosine", "--warmup", "10")
+    assert pretrain.learning_rate_scale(0, 0.0, args) == pytest.approx(0.1)
+    assert pretrain.learning_rate_scale(100, 0.5, args) == pytest.approx(0.5)
+    assert pretrain.learning_rate_scale(100, 1.2, args) == pytest.approx(0.0)
+
+
+def test_the_papers_settings_are_the_defaults():
+    args = args_of("--backbone", "r152", "--data", "DIR")
+    assert (args.batch_size, args.epochs, args.lr, args.lr_backbone, args.weight_decay, args.sentences_per_picture,
+            args.encoder_layers, args.decoder_layers, args.width, args.heads, args.feed_forward, args.queries) == (
+        32, 200, 1e-4, 1e-5, 1e-4, 1, 12, 6, 256, 12, 1024, 100)
+    assert args.short_sides == list(range(480, 801, 32)) and args.long_side == 1333
+    assert args.backbone_weights == "imagenet" and not args.minutes
+
+
+def test_given_flags_win_over_the_preset():
+    args = args_of("--mini", "--backbone", "r34", "--minutes", "3")
+    assert args.backbone == "r34" and args.minutes == 3 and args.width == 128 and args.stride == 16
+
+
+def test_compiled_model_learns_the_same(one_step):
+    (_, plain), (_, compiled) = one_step(), one_step(compile=True)
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Full size
+
+
+FULL_STEP = """
+import sys, torch
+sys.path.insert(0, "tests")
+from conftest import small_batch
+from model import E2EVLP, Config
+import pretrain
+torch.manual_seed(0)
+model = E2EVLP(Config(backbone="r50", vocabulary=1000, classes={"coco": 80, "vg": 1600}, attributes=6)).train()
+batch = small_batch(((800, 1333),), K=1, T=40, vocabulary=1000)
+for old, new in ((2, 101), (3, 102)):
+    for key in ("tokens", "captions"):
+        batch[key][batch[key] == old] = new
+args = pretrain.parse([])[0]
+args.pad = 0
+named = pretrain.losses(model(batch), batch, pretrain.counts_of(batch, args), args)
+sum(named.values()).backward()
+assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+"""
+
+
+def test_a_full_size_step_fits_into_12_gb():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = subprocess.run([sys.executable, "-c", FULL_STEP], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    ok(done)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest child so far, GB
+    assert max(before / 2 ** 20, peak) < 12
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Bad input: exit code 2, one or two lines that name the culprit, no traceback, nothing written
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """A world of one's own, to break."""
+    shutil.copytree(world, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def fails(done, *says):
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line]
+    if lines[0].startswith("usage:"):  # argparse's own
+        lines = lines[-1:]
+    assert 1 <= len(lines) <= 2 and lines[-1].startswith("pretrain.py: ")
+    for text in says:
+        assert text in lines[-1], lines
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--data", "nowhere", "--steps", "1"], ["--data nowhere: no such folder"]),
+    (["--backbone", "r99"], ["--backbone", "r99"]),
+    (["--resume", "nowhere.pt"], ["--resume nowhere.pt: no such file"]),
+    (["--resume", "README.md"], ["--resume README.md: not a PyTorch file"]),
+    (["--mini", "--batch-size", "0"], ["--batch-size 0: must be more than 0"]),
+    (["--mini", "--width", "30"], ["--width 30: must be a multiple of 4"]),
+    (["--mini", "--short-sides", "8"], ["--short-sides 8"]),
+    (["--device", "cuda:7"], ["--device cuda:7"]),
+], ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "")
+def test_bad_flags(command, flags, says):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fails(command("pretrain.py", *flags), *says)
+
+
+def test_a_folder_that_cannot_be_written(command, world, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path / "file"), f"--output {tmp_path}/file")
+
+
+def test_missing_and_broken_files(command, copy):
+    flags = [*TINY, "--data", copy, "--output", copy / "out", "--steps", "1"]
+    path = copy / "vg" / "objects.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    fails(command("pretrain.py", *flags), "vg/objects.json: not valid JSON", "cut off")
+    path.unlink()
+    fails(command("pretrain.py", *flags), "vg/objects.json: not found")
+    path.write_bytes(whole)
+    (copy / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    fails(command("pretrain.py", *flags), "vocab.txt", "[MASK]")
+    assert os.listdir(copy / "out") == []
+
+
+def test_a_batch_that_does_not_divide(command, world, tmp_path):
+    done = command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--batch-size", 3, launch=TORCHRUN)
+    said = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: ")]
+    assert done.returncode != 0 and said == [
+        "pretrain.py: --batch-size 3: does not divide among 2 processes; choose a multiple of 2"]
+
+
+def break_pictures(copy, n):
+    folder = copy / "coco" / "train2017"
+    for name in sorted(os.listdir(folder))[:n]:
+        (folder / name).write_bytes(b"\xff\xd8\xff half a picture")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_pictures_are_named_counted_and_replaced(command, copy, workers):
+    break_pictures(copy, 3)
+    flags = [*TINY, "--data", copy, "--output", copy / "out", "--epochs", "1", "--workers", workers]
+    said = ok(command("pretrain.py", *flags))
+    assert "3 pictures could not be decoded and were replaced" in said and "coco/train2017/0000" in said
+    assert log(copy / "out")[0][-1]["broken"] == 3
+    fails(command("pretrain.py", *flags, "--max-broken", 2), "coco/train2017/0000", "--max-broken 2")
+
+
+@pytest.mark.parametrize("launch", [(), TORCHRUN], ids=["one process", "two processes"])
+def test_a_folder_full_of_broken_pictures(command, copy, launch):
+    break_pictures(copy, 100)
+    done = command("pretrain.py", *TINY, "--data", copy, "--output", copy / "out", "--sets", "coco", "--workers", 1,
+                   launch=launch)
+    said = [line for line in done.stderr.splitlines() if "cannot be decoded" in line]
+    assert done.returncode != 0 and len(said) == 1 and said[0].startswith("pretrain.py: ") and "0000" in said[0]
+
+
+def test_a_broken_validation_picture_is_said_and_left_out(command, copy):
+    name = sorted(os.listdir(copy / "coco" / "val2017"))[0]
+    (copy / "coco" / "val2017" / name).write_bytes(b"\xff\xd8\xff half a picture")
+    said = ok(command("pretrain.py", *TINY, "--data", copy, "--output", copy / "out", "--steps", "1"))
+    assert f"{name}: cannot be decoded" in said and "On 3 held-out pictures" in said
+
+
+def test_a_loss_that_is_not_finite_names_its_pictures(command, world, tmp_path):
+    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--lr", "1e30", "--steps", "9"),
+          "the gradient is not finite", "coco ", "lower --lr")
+
+
+@pytest.mark.parametrize("flag,value", [("--width", "64"), ("--queries", "7"), ("--seed", "5")])
+def test_resuming_with_other_settings(command, run, flag, value):
+    fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", flag, value), f"{flag} {value}: the resumed run has")
+
+
+def test_resuming_on_other_data(command, run, copy):
+    (copy / "vg" / "attributes_vocab.txt").write_text("red\nblue\n")
+    fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", "--data", copy),
+          "its classes or attributes are not those of")
+
+
+def test_weights_that_cannot_be_had(command, world, tmp_path):
+    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--backbone-weights", "nowhere.pth"),
+          "--backbone-weights nowhere.pth: no such file")
