@@ -341,10 +341,10 @@ class E2EVLP(nn.Module):
     def initialise(self):
         """Xavier for matrices (DETR), normal 0.02 for embeddings (BERT); the ResNet keeps torchvision's own.
 
-        What a layer adds to its input starts small, so that a new layer changes little. Else a dozen random layers with
-        their norm after the sum (post-norm) first blur the picture's cells into one another, and nothing is found until
-        that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention is left as it is: at first an object query
-        has no content of its own to keep.
+        What a layer adds to its input starts small, so that a new layer changes little. Else a dozen random layers
+        with their norm after the sum (post-norm) first blur the picture's cells into one another, and nothing is found
+        until that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention is left as it is: at first an
+        object query has no content of its own to keep.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("backbone.resnet"):
