@@ -303,6 +303,13 @@ class Memory:
         return self if n == 1 else self.rows(torch.arange(B, device=device).repeat_interleave(n))
 
 
+class ClassifierHead(nn.Sequential):
+    """Linear, GELU, norm, linear, as LXMERT and UNITER classify from [CLS]."""
+
+    def __init__(self, width, hidden, out):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, out))
+
+
 class MLP(nn.Sequential):
     """Three linear layers with ReLU between, DETR's box head."""
 
@@ -330,7 +337,9 @@ class E2EVLP(nn.Module):
         # Heads of the encoder (section 3.1.2)
         self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
         self.mlm_bias = nn.Parameter(torch.zeros(c.vocabulary))  # the matrix is the token embedding: "tied"
-        self.itm = nn.Sequential(nn.Linear(c.width, c.width), nn.Tanh(), nn.Linear(c.width, 2))
+        # BERT puts a tanh here. [CLS] starts nearly the same for all pairs, which drives a tanh into its flat part, and
+        # ITM then learns nothing for the whole of a short training.
+        self.itm = ClassifierHead(c.width, c.width, 2)
         # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class means "no object"
         self.classes = nn.ModuleDict({name: nn.Linear(c.width, n + 1) for name, n in c.classes.items()})
         self.box = MLP(c.width, 4)
