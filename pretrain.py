@@ -86,6 +86,8 @@ def parse(argv):
     g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, default=1e-4)
     g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
+                   help="other weights in the sum than 1 and DETR's: mlm itm caption class bbox giou attribute")
     g.add_argument("--without", nargs="+", choices=TASKS, default=[], help="losses to leave out (Table 3)")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -130,9 +132,9 @@ def mini_preset(parser):
     parser.set_defaults(
         data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
         backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=256, encoder_layers=3,
-        decoder_layers=3, queries=16, temperature=20.0, dropout=0.0, batch_size=32, minutes=18.0, epochs=40, lr=1e-3,
+        decoder_layers=3, queries=16, temperature=20.0, dropout=0.0, batch_size=32, minutes=18.5, epochs=40, lr=1e-3,
         lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, val_pictures=200, output="runs/mini",
-        checkpoint_minutes=5.0)
+        loss_weights=["mlm=3", "itm=3", "caption=2", "attribute=2"], checkpoint_minutes=5.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -253,9 +255,19 @@ def losses(outputs, batch, counts, args):
     }
 
 
-def weights_of(without):
-    """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v)."""
+def weights_of(without, changed=()):
+    """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v); changed: ["mlm=3", ...]."""
     weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
+    known = [name[5:] for name in weights]
+    for text in changed:
+        name, _, value = text.partition("=")
+        try:
+            value = float(value)
+        except ValueError:
+            value = -1.0
+        if name not in known or not 0 <= value < math.inf:
+            raise InputError(f"--loss-weights {text}: must be NAME=NUMBER with a name of {', '.join(known)}")
+        weights[f"loss_{name}"] = value
     off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": ["loss_attribute"],
            "detection": list(LOSS_WEIGHTS)}  # without objects there is nothing to have attributes
     for task in without:
@@ -360,7 +372,7 @@ def train(args, state):
     # The run
     if rank == 0:
         clear_output(args.output, None if state is None else state["step"], say)
-    weights = weights_of(args.without)
+    weights = weights_of(args.without, args.loss_weights)
     log = os.path.join(args.output, "log.jsonl")
     broken = set()
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad")}
