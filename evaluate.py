@@ -354,8 +354,8 @@ def draw_sheet(path, model, tokenizer, names, pictures, *, short, long, device="
             colour = f"hsl({q * 47 % 360}, 90%, 35%)"
             pen.rectangle((x, y, x + w, y + h), outline=colour, width=2)
             # A box's attributes share one softmax, so k of them come to about 1 / k each.
-            says = [names["attributes"][a].split(",")[0] for a in sorted(attributes[q].topk(3).indices.tolist())
-                    if attributes[q, a] > 0.15] if source == "vg" else []
+            likely = sorted(attributes[q].argsort(descending=True)[:3].tolist()) if source == "vg" else []
+            says = [names["attributes"][a].split(",")[0] for a in likely if attributes[q, a] > 0.15]
             text = " ".join([*says, names[source][labels[q]].split(",")[0]])
             left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
             x, y = max(0, min(x, side - right - 2)), max(0, y - bottom - 2)
