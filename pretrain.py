@@ -45,7 +45,8 @@ TASKS = ("mlm", "itm", "detection", "attributes", "caption")
 
 def parse(argv):
     """Flags. Three layers of defaults: the paper's, then --mini's or the resumed run's, then what is given."""
-    parser = argparse.ArgumentParser(description="Pre-train E2E-VLP (Xu et al., ACL 2021).",
+    parser = argparse.ArgumentParser(usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
+                                     description="Pre-train E2E-VLP (Xu et al., ACL 2021).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
     g = parser.add_argument_group("data")

@@ -258,8 +258,6 @@ def copy(world, tmp_path):
 def fails(done, *says):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if line]
-    if lines[0].startswith("usage:"):  # argparse's own
-        lines = lines[-1:]
     assert 1 <= len(lines) <= 2 and lines[-1].startswith("pretrain.py: ")
     for text in says:
         assert text in lines[-1], lines
