@@ -13,6 +13,8 @@ import json
 import math
 import os
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -360,6 +362,191 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Readers for the tasks of section 5.1
+
+
+@dataclass(slots=True)
+class Example:
+    """One thing to learn from or to answer: a question, a statement about two pictures, a picture to describe."""
+
+    id: object              # what the official result files call it
+    files: tuple            # one picture, or two (NLVR2)
+    text: str = ""          # the question or statement
+    target: object = None   # VQA what most people said, NLVR2 1 or 0, detection (boxes, labels); None where unknown
+    sentences: tuple = ()   # the picture's own sentences
+    answers: tuple = ()     # VQA: what ten people said
+
+
+def coco_finder(data):
+    """A function from a COCO picture's number and 2014 split to its file, in the folder of 2014 or of 2017."""
+    folders = {name: on_disk(f"{data}/coco/{name}") for name in
+               ("train2014", "val2014", "test2015", "train2017", "val2017") if os.path.isdir(f"{data}/coco/{name}")}
+
+    def find(number, split, record):
+        places = [(split, f"COCO_{split}_{number:012d}.jpg")] + [
+            (name, f"{number:012d}.jpg") for name in ("train2017", "val2017") if "test" not in split]
+        for folder, name in places:
+            if name in folders.get(folder, ()):
+                return f"{data}/coco/{folder}/{name}"
+        raise InputError(f"{record}: its picture {places[0][1]} is not below {data}/coco; put it into "
+                         f"{' or '.join(folder for folder, _ in places)}")
+
+    return find
+
+
+def read_vqa(data, split):
+    """VQA v2 questions of "train", "val", "test-dev" or "test": [Example], id = question_id, ten answers if known.
+
+    Train and val are those of COCO 2014; the pictures may lie in the folders of 2014 or of 2017.
+    """
+    year = "2015" if "test" in split else "2014"
+    path = f"{data}/vqa/v2_OpenEnded_mscoco_{split}{year}_questions.json"
+    questions = records(path, read_json(path, f"VQA's {split} split"), "questions")
+    said = {}
+    if "test" not in split:
+        answers = f"{data}/vqa/v2_mscoco_{split}{year}_annotations.json"
+        for r in records(answers, read_json(answers, f"VQA's {split} split"), "annotations"):
+            said[take(r, "question_id", int, answers)] = (
+                tuple(take(a, "answer", str, answers) for a in records(answers, r, "answers")),
+                take(r, "multiple_choice_answer", str, answers))
+    find, examples = coco_finder(data), []
+    for r in questions:
+        number = take(r, "question_id", int, path)
+        if "test" not in split and number not in said:
+            raise InputError(f"{answers}: no annotation of question {number} of {path}; are both of one release?")
+        file = find(take(r, "image_id", int, path), "test2015" if "test" in split else f"{split}2014",
+                    f"{path}: question {number}")
+        ten, most = said.get(number, ((), None))
+        examples.append(Example(number, (file,), take(r, "question", str, path), most, answers=ten))
+    return examples
+
+
+def common_answers(examples, least=9):
+    """VQA's answer list: each that is what most people said ("multiple_choice_answer") to `least` questions, sorted.
+
+    Normalised as the evaluation does it; over train and val this is bottom-up-attention's list of 3,129.
+    """
+    counts = Counter(normalise_answer(e.target) for e in examples if e.target is not None)
+    return sorted(answer for answer, n in counts.items() if n >= least)
+
+
+def read_nlvr2(data, split):
+    """NLVR2's "train", "dev" or "test1": [Example] of two pictures, target 1 = the statement is true. One JSON a line.
+    """
+    path, examples = f"{data}/nlvr2/{split}.json", []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found, needed for NLVR2's {split} split; the README's data tree says where it "
+                         "comes from") from None
+    for at, line in enumerate(lines, 1):
+        try:
+            r = json.loads(line)
+            name = r["identifier"]
+            folder = f"{data}/nlvr2/images/{split}" + (f"/{r['directory']}" if "directory" in r else "")
+            target = {"true": 1, "false": 0}[str(r["label"]).lower()] if "label" in r else None
+            text = take(r, "sentence", str, path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {at}: not a record of NLVR2 ({error}); it may be cut off, download it "
+                             "again") from None
+        files = tuple(f"{folder}/{name.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
+        examples.append(Example(name, files, text, target))
+    for folder in {os.path.dirname(f) for e in examples for f in e.files}:
+        there = on_disk(folder)
+        for e in examples:
+            for f in e.files:
+                if os.path.dirname(f) == folder and os.path.basename(f) not in there:
+                    raise InputError(f"{f}: not there, a picture of {e.id} in {path}")
+    return examples
+
+
+def read_karpathy(data, name, split):
+    """Karpathy's "train", "val" or "test" of name "coco" or "flickr30k": [Example] with sentences.
+
+    id = COCO's number of the picture or Flickr30k's file name. COCO's "restval" belongs to train, as everywhere.
+    """
+    path = f"{data}/{name}/dataset_{name}.json"
+    find = coco_finder(data) if name == "coco" else None
+    there = on_disk(f"{data}/flickr30k/flickr30k-images") if name == "flickr30k" else ()
+    examples = []
+    for r in records(path, read_json(path, "Karpathy's splits"), "images"):
+        if take(r, "split", str, path).replace("restval", "train") != split:
+            continue
+        sentences = tuple(take(s, "raw", str, path).strip() for s in records(path, r, "sentences"))
+        if name == "coco":
+            number = take(r, "cocoid", int, path)
+            file = find(number, take(r, "filepath", str, path), f"{path}: picture {number}")
+        else:
+            number = take(r, "filename", str, path)
+            file = f"{data}/flickr30k/flickr30k-images/{number}"
+            if number not in there:
+                raise InputError(f"{file}: not there, a picture of {path}")
+        if not sentences:
+            raise InputError(f"{path}: picture {number}: has no sentence")
+        examples.append(Example(number, (file,), sentences=sentences))
+    if not examples:
+        raise InputError(f"{path}: has no picture in split {split!r}")
+    return examples
+
+
+def read_detection(data, split, say=print):
+    """COCO 2017 boxes of "train" or "val" with the captions: ([Example], category names in the order of their ids).
+
+    id = COCO's number of the picture, target = (boxes cxcywh fractions, labels).
+    """
+    pictures, names = read_coco(data, split, say)
+    return [Example(number, (p.file,), target=p.coco, sentences=tuple(p.sentences))
+            for number, p in pictures.items()], names
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# VQA's answers
+
+# The official table, word by word: what is written without its apostrophe, and with it. It has oddities (somebody'd
+# loses its apostrophe; Id've, Im, Ive and the like never match, since words are in lower case by then) and they stay.
+CONTRACTIONS = """
+aint ain't arent aren't cant can't couldve could've couldnt couldn't couldn'tve couldn't've couldnt've couldn't've
+didnt didn't doesnt doesn't dont don't hadnt hadn't hadnt've hadn't've hadn'tve hadn't've hasnt hasn't havent haven't
+hed he'd hed've he'd've he'dve he'd've hes he's howd how'd howll how'll hows how's Id've I'd've I'dve I'd've Im I'm
+Ive I've isnt isn't itd it'd itd've it'd've it'dve it'd've itll it'll let's let's maam ma'am mightnt mightn't
+mightnt've mightn't've mightn'tve mightn't've mightve might've mustnt mustn't mustve must've neednt needn't
+notve not've oclock o'clock oughtnt oughtn't ow's'at 'ow's'at 'ows'at 'ow's'at 'ow'sat 'ow's'at shant shan't
+shed've she'd've she'dve she'd've she's she's shouldve should've shouldnt shouldn't shouldnt've shouldn't've
+shouldn'tve shouldn't've somebody'd somebodyd somebodyd've somebody'd've somebody'dve somebody'd've
+somebodyll somebody'll somebodys somebody's someoned someone'd someoned've someone'd've someone'dve someone'd've
+someonell someone'll someones someone's somethingd something'd somethingd've something'd've
+something'dve something'd've somethingll something'll thats that's thered there'd thered've there'd've
+there'dve there'd've therere there're theres there's theyd they'd theyd've they'd've they'dve they'd've
+theyll they'll theyre they're theyve they've twas 'twas wasnt wasn't wed've we'd've we'dve we'd've weve we've
+werent weren't whatll what'll whatre what're whats what's whatve what've whens when's whered where'd wheres where's
+whereve where've whod who'd whod've who'd've who'dve who'd've wholl who'll whos who's whove who've whyll why'll
+whyre why're whys why's wont won't wouldve would've wouldnt wouldn't wouldnt've wouldn't've wouldn'tve wouldn't've
+yall y'all yall'll y'all'll y'allll y'all'll yall'd've y'all'd've y'alld've y'all'd've y'all'dve y'all'd've
+youd you'd youd've you'd've you'dve you'd've youll you'll youre you're youve you've
+""".split()
+CONTRACTIONS = dict(zip(CONTRACTIONS[::2], CONTRACTIONS[1::2]))
+NUMBER_WORDS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBER_WORDS["none"] = "0"
+
+
+def normalise_answer(text):
+    """An answer as the official evaluation compares it: "The two dogs." -> "2 dogs".
+
+    A mark with a space before or after it disappears, any other becomes a space ("yes/no" -> "yes no"), unless there
+    is a comma between digits ("1,000"), then all disappear. ' and : stay. Then number words, articles, contractions.
+    """
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    comma, out = re.search(r"\d,\d", text), text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        out = out.replace(mark, "" if comma or mark + " " in text or " " + mark in text else " ")
+    # Points go unless a digit follows; 32 at most, as the official call gives a flag where the count belongs.
+    out = re.sub(r"\.(?!\d)", "", out, count=32)
+    words = [NUMBER_WORDS.get(word, word) for word in out.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -379,6 +566,25 @@ def decodable(pictures, say=print):
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
             say(f"{picture.file}: cannot be decoded ({error}); left out of validation")
     return good
+
+
+def first_decodable(files_of, index, total):
+    """The pictures of item `index`, or of the next item whose pictures decode: (images, its index, what was broken).
+
+    One broken picture among 180,000 is not the end; 20 in a row are: then InputError names the first.
+    """
+    broken = []
+    for _ in range(min(total, 21)):
+        images = []
+        try:
+            for file in files_of(index):
+                images.append(load_picture(file))
+            return images, index, broken
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+            broken.append(f"{file}: {error}")
+        index = (index + 1) % total
+    raise InputError(f"{broken[0]}: cannot be decoded, nor can the {len(broken) - 1} pictures after it; mend or remove "
+                     "them")
 
 
 def resized(height, width, short, long=LONG_SIDE):
@@ -438,19 +644,7 @@ class PretrainingSet(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        broken = []
-        for attempt in range(len(self.pictures)):
-            try:
-                image = load_picture(self.pictures[index].file)
-                break
-            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
-                broken.append(f"{self.pictures[index].file}: {error}")
-                index = (index + 1) % len(self.pictures)
-                if attempt == 20:
-                    raise InputError(f"{broken[0]} (so it goes with 20 more): cannot be decoded; mend or remove the "
-                                     "pictures") from None
-        else:
-            raise InputError(f"{broken[0]}: cannot be decoded, nor can any other picture")
+        (image,), index, broken = first_decodable(lambda i: [self.pictures[i].file], index, len(self.pictures))
         picture = self.pictures[index]
         image = to_pixels(image, rng.choice(self.short_sides), self.long_side)
         enough = len(picture.sentences) >= self.K
@@ -521,6 +715,54 @@ def collate(items, pad):
             "itm_labels": torch.tensor([item["itm_labels"] for item in items]),
             "no_sentence": torch.tensor([item["no_sentence"] for item in items]),
             "targets": [item["target"] for item in items], "index": [item["index"] for item in items],
+            "broken": [name for item in items for name in item["broken"]]}
+
+
+class TaskSet(torch.utils.data.Dataset):
+    """Examples of a task of section 5.1 with pixels and word pieces. Items are asked for as (epoch, index)."""
+
+    def __init__(self, task, examples, tokenizer, answers=(), *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
+                 text="caption", seed=0):
+        """answers: VQA's list; text: "caption" or "none", which sentence detection is given."""
+        self.task, self.examples, self.tokenizer, self.seed, self.text = task, examples, tokenizer, seed, text
+        self.short_sides, self.long_side = tuple(short_sides), long_side
+        self.number_of = {answer: i for i, answer in enumerate(answers)}
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = random.Random(f"{self.seed} {self.task} {epoch} {index}")
+        images, index, broken = first_decodable(lambda i: self.examples[i].files, index, len(self.examples))
+        e = self.examples[index]
+        images = [to_pixels(image, rng.choice(self.short_sides), self.long_side) for image in images]
+        sentence = e.text or (rng.choice(e.sentences) if e.sentences and self.text == "caption" else "")
+        target = e.target
+        if self.task == "vqa":
+            target = torch.zeros(len(self.number_of))
+            for answer, n in Counter(map(normalise_answer, e.answers)).items():
+                if answer in self.number_of:
+                    target[self.number_of[answer]] = min(1.0, 0.3 * n)
+        elif self.task == "detection":
+            boxes, labels = e.target
+            target = {"source": "coco", "boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        return {"images": images, "tokens": self.tokenizer.encode(sentence), "target": target, "id": e.id,
+                "broken": broken}
+
+
+def collate_task(items, pad):
+    """Items of TaskSet -> a batch of B: images (B, 3, H, W), sizes (B, 2), for NLVR2 (2 B, ...), first all left ones,
+    then all right ones; tokens (B, T); targets: (B, answers) for VQA, (B,) for NLVR2, a list of B dicts for detection.
+    """
+    images, sizes = pad_pictures([image for side in zip(*(item["images"] for item in items)) for image in side])
+    targets = [item["target"] for item in items]
+    if torch.is_tensor(targets[0]):
+        targets = torch.stack(targets)
+    elif isinstance(targets[0], int):
+        targets = torch.tensor(targets)
+    return {"images": images, "sizes": sizes, "tokens": pad_tokens([[item["tokens"]] for item in items], pad)[:, 0],
+            "targets": targets, "ids": [item["id"] for item in items],
             "broken": [name for item in items for name in item["broken"]]}
 
 

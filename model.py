@@ -29,6 +29,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from data import IMAGE_MEAN, IMAGE_STD, InputError
 
+TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
 
 
@@ -52,6 +53,8 @@ class Config:
     temperature: float = 10000.0    # longest wavelength of the picture's sine positions, in widths of the picture
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # label set -> classes, without no-object
     attributes: int = 400
+    task: str = ""                  # what it was fine-tuned for: one of TASKS, "" after pre-training
+    answers: int = 0                # VQA: size of the list of answers
     pad: int = 0                    # word pieces with a meaning of their own; their numbers depend on the vocabulary
     cls: int = 101
     sep: int = 102
@@ -345,6 +348,11 @@ class E2EVLP(nn.Module):
         self.box = MLP(c.width, 4)
         self.attribute = nn.Linear(c.width, c.attributes)
         self.caption = nn.Linear(c.width, c.vocabulary, bias=False)
+        # Heads that only one task of section 5.1 needs; retrieval uses the ITM head, captioning and detection theirs
+        if c.task == "vqa":
+            self.answer = ClassifierHead(c.width, 2 * c.width, c.answers)
+        elif c.task == "nlvr2":
+            self.pair = ClassifierHead(2 * c.width, 2 * c.width, 2)
         self.initialise()
 
     def initialise(self):
@@ -466,6 +474,21 @@ class E2EVLP(nn.Module):
         assert cells.shape[1] == S
         objects = self.detect(Memory(torch.cat([first[:, :T], cells], dim=1), positions, mask))
         return {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption}
+
+    # -- the tasks of section 5.1: grid of encode_picture, tokens (B, T); captioning and detection have theirs above ---
+
+    def answer_questions(self, grid, tokens):
+        """VQA: logits (B, answers); several answers may be right, so each has its own sigmoid."""
+        return self.answer(self.encode(grid, tokens).states[:, 0])
+
+    def judge_statements(self, left, right, tokens):
+        """NLVR2: two sequences, one for each picture, same weights; logits (B, 2) from both [CLS], 1 = true."""
+        states = [self.encode(grid, tokens).states[:, 0] for grid in (left, right)]
+        return self.pair(torch.cat(states, dim=-1))
+
+    def similarity(self, grid, tokens):
+        """Retrieval: (B,) in 0..1, the ITM head's probability that each sentence belongs to its picture."""
+        return self.itm(self.encode(grid, tokens).states[:, 0]).float().softmax(-1)[:, 1]
 
     # -- generation ----------------------------------------------------------------------------------------------
 
