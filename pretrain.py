@@ -43,6 +43,29 @@ from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, 
 TASKS = ("mlm", "itm", "detection", "attributes", "caption")
 
 
+# The flags that describe the model, and their values for the miniature world
+MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers", "decoder_layers", "queries",
+               "temperature", "dropout")
+MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=256,
+                  encoder_layers=3, decoder_layers=3, queries=16, temperature=20.0, dropout=0.0)
+
+
+def add_model_flags(parser):
+    g = parser.add_argument_group("model")
+    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. ResNet-152")
+    g.add_argument("--backbone-weights", default="imagenet", help="imagenet, none, or a torchvision state dict's file")
+    g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels per grid cell")
+    g.add_argument("--width", type=int, default=256, help="hidden units")
+    g.add_argument("--heads", type=int, default=12, help="attention heads, 32 units each")
+    g.add_argument("--feed-forward", type=int, default=1024, help="units between the feed-forward layers")
+    g.add_argument("--encoder-layers", type=int, default=12, help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=int, default=6)
+    g.add_argument("--queries", type=int, default=100, help="objects that can be found in a picture, at most")
+    g.add_argument("--temperature", type=float, default=10000.0,
+                   help="longest wavelength of the sine positions, in widths of the picture")
+    g.add_argument("--dropout", type=float, default=0.1)
+
+
 def parse(argv):
     """Flags. Three layers of defaults: the paper's, then --mini's or the resumed run's, then what is given."""
     parser = argparse.ArgumentParser(usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
@@ -61,19 +84,7 @@ def parse(argv):
     g.add_argument("--without-sentence", type=float, default=0.25, help="share of pictures detected without a sentence")
     g.add_argument("--workers", type=int, default=4, help="loader processes for each training process")
     g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
-    g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. ResNet-152")
-    g.add_argument("--backbone-weights", default="imagenet", help="imagenet, none, or a torchvision state dict's file")
-    g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels per grid cell")
-    g.add_argument("--width", type=int, default=256, help="hidden units")
-    g.add_argument("--heads", type=int, default=12, help="attention heads, 32 units each")
-    g.add_argument("--feed-forward", type=int, default=1024, help="units between the feed-forward layers")
-    g.add_argument("--encoder-layers", type=int, default=12, help="6 or 12 in the paper")
-    g.add_argument("--decoder-layers", type=int, default=6)
-    g.add_argument("--queries", type=int, default=100, help="objects that can be found in a picture, at most")
-    g.add_argument("--temperature", type=float, default=10000.0,
-                   help="longest wavelength of the sine positions, in widths of the picture")
-    g.add_argument("--dropout", type=float, default=0.1)
+    add_model_flags(parser)
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, default=32, help="pictures a step, over all processes")
     g.add_argument("--micro-batch", type=int, default=0,
@@ -112,8 +123,7 @@ def parse(argv):
         mini_preset(parser)
     args = parser.parse_args(argv)
     if state is not None:
-        for flag in ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers", "decoder_layers",
-                     "queries", "temperature", "dropout", "sets", "seed"):
+        for flag in (*MODEL_FLAGS, "sets", "seed"):
             if getattr(args, flag) != state["args"][flag]:
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'][flag]}; leave the flag away")
@@ -128,14 +138,23 @@ def parse(argv):
     return args, state
 
 
+def config_of(args, tokenizer, names, **more):
+    """The model's configuration from the flags, the vocabulary and the label sets."""
+    return Config(
+        **{flag: getattr(args, flag) for flag in MODEL_FLAGS}, frozen_batch_norm=args.backbone_weights != "none",
+        vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens,
+        classes={name: len(names[name]) for name in ("coco", "vg") if names[name]},
+        attributes=max(1, len(names["attributes"])), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
+        mask=tokenizer.mask, **more)
+
+
 def mini_preset(parser):
     """The miniature world on two cores in 20 minutes: everything smaller, nothing different. shapes.py writes it."""
     parser.set_defaults(
-        data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
-        backbone="r18", backbone_weights="none", stride=16, width=128, heads=4, feed_forward=256, encoder_layers=3,
-        decoder_layers=3, queries=16, temperature=20.0, dropout=0.0, batch_size=32, minutes=18.5, epochs=40, lr=1e-3,
-        lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, val_pictures=200, output="runs/mini",
-        loss_weights=["mlm=3", "itm=3", "caption=2", "attribute=2"], checkpoint_minutes=5.0)
+        **MINI_MODEL, data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
+        batch_size=32, minutes=18.5, epochs=40, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0,
+        loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], val_pictures=200, output="runs/mini",
+        checkpoint_minutes=5.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -155,6 +174,13 @@ def start_processes(device):
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, device
+
+
+def stop_processes(world):
+    """Wait for all, so that none is still writing when torchrun returns, and leave."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def summed(values, world, device):
@@ -190,6 +216,16 @@ def attempt(function, world):
     return result
 
 
+def divide_batch(args, world):
+    """--batch-size is the total: (a process's share of it, in how many parts the process takes it)."""
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: does not divide among {world} processes; "
+                         f"choose a multiple of {world}")
+    share = args.batch_size // world
+    return share, next(n for n in range(1, share + 1) if share % n == 0 and (not args.micro_batch or
+                                                                             share // n <= args.micro_batch))
+
+
 def check_output(folder):
     """Make the folder and see that it can be written: better now than after hours."""
     try:
@@ -208,7 +244,8 @@ def clear_output(folder, resumed, say):
     resumed: the step that the run goes on from, or None for a new one. Lines of the log past that step belong to the
     part that was lost; they go, since the run writes them anew.
     """
-    left = [name for name in ("log.jsonl", "last.pt", "sheet.png") if os.path.exists(os.path.join(folder, name))]
+    names = ("log.jsonl", "last.pt", "best.pt", "sheet.png")
+    left = [name for name in names if os.path.exists(os.path.join(folder, name))]
     if resumed is not None:
         log = os.path.join(folder, "log.jsonl")
         if os.path.exists(log):
@@ -284,10 +321,13 @@ def learning_rate_scale(step, progress, args):
     return warm * (0.1 if progress >= 2 / 3 else 1.0)
 
 
-def to_device(batch, device):
-    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-    targets = [{k: move(v) if torch.is_tensor(v) else v for k, v in t.items()} for t in batch["targets"]]
-    return {**{k: move(v) if torch.is_tensor(v) else v for k, v in batch.items()}, "targets": targets}
+def to_device(value, device):
+    """A batch with all tensors in it, however deep, on the device."""
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -300,12 +340,7 @@ def train(args, state):
         if rank == 0:
             print(*words, flush=True)
 
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size}: does not divide among {world} processes; "
-                         f"choose a multiple of {world}")
-    share = args.batch_size // world
-    parts = next(n for n in range(1, share + 1) if share % n == 0 and (not args.micro_batch or
-                                                                       share // n <= args.micro_batch))
+    share, parts = divide_batch(args, world)
 
     def first_process_prepares():
         if rank == 0:
@@ -323,13 +358,7 @@ def train(args, state):
         raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
     tokenizer = Tokenizer(state["vocabulary"] if state else args.vocab or f"{args.data}/vocab.txt")
     args.pad = tokenizer.pad
-    config = state["config"] if state else Config(
-        backbone=args.backbone, stride=args.stride, frozen_batch_norm=args.backbone_weights != "none",
-        width=args.width, heads=args.heads, feed_forward=args.feed_forward, encoder_layers=args.encoder_layers,
-        decoder_layers=args.decoder_layers, queries=args.queries, temperature=args.temperature, dropout=args.dropout,
-        vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens,
-        classes={name: len(names[name]) for name in args.sets}, attributes=len(names["attributes"]),
-        pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask)
+    config = state["config"] if state else config_of(args, tokenizer, names)
     torch.manual_seed(args.seed)  # the same weights in each process
     model = E2EVLP(config)
     if state is not None:
@@ -485,9 +514,7 @@ def train(args, state):
         sheet = os.path.join(args.output, "sheet.png")
         draw_sheet(sheet, model, tokenizer, names, val[:12], **size)
         say(summary(measures, len(val), sheet))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    stop_processes(world)
 
 
 def summary(measures, pictures, sheet):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 
 import shapes
 from model import E2EVLP, Config
@@ -23,6 +24,15 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "world"
     shapes.write_world(str(folder), seed=3, train=64, val=8, test=8)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A torchvision state dict, so that batch norm is frozen."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return str(path)
 
 
 @pytest.fixture

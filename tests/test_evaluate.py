@@ -194,22 +194,22 @@ class Oracle:
         numbers = [self.known[image[:, :h, :w].numpy().tobytes()] for image, (h, w) in zip(images, sizes.tolist())]
         return Memory(torch.tensor(numbers).view(-1, 1, 1), torch.zeros(len(numbers), 1, 1), None)
 
-    def encode(self, grid, tokens=None):  # the states of a word are the picture's number and the whole sentence
+    def encode(self, grid, tokens=None):  # a word's state: the picture's number, the word's place, the whole sentence
         if tokens is None:
             return grid
         n, T = tokens.shape
-        states = torch.cat([grid.states.view(n, 1, 1).expand(n, T, 1), tokens[:, None].expand(n, T, T)], 2)
+        places = torch.arange(T).view(1, T, 1).expand(n, T, 1)
+        states = torch.cat([grid.states.view(n, 1, 1).expand(n, T, 1), places, tokens[:, None].expand(n, T, T)], 2)
         return Memory(states, None, None)
 
     def key(self, state):
-        return int(state[0]), tuple(t for t in state[1:].tolist() if t != self.tokenizer.pad)
+        return int(state[0]), tuple(t for t in state[2:].tolist() if t != self.tokenizer.pad)
 
     def itm(self, states):
         return F.one_hot(torch.tensor([self.pairs[self.key(s)] for s in states]), 2)
 
     def guess_words(self, states):
-        keys = list(dict.fromkeys(self.key(s) for s in states))  # hidden words come sentence after sentence
-        return F.one_hot(torch.tensor([a for k in keys for a in self.labels[k] if a >= 0]), len(self.tokenizer))
+        return F.one_hot(torch.tensor([self.labels[self.key(s)][int(s[1])] for s in states]), len(self.tokenizer))
 
     def detect(self, memory):
         B, Q = len(memory.states), 8
@@ -250,7 +250,7 @@ def checkpoint(world, data, tokenizer, tmp_path_factory):
 
 
 def test_the_command(command, checkpoint, world, tmp_path):
-    done = command("evaluate.py", "--checkpoint", checkpoint, "--data", world, "--pictures", 4, "--json",
+    done = command("evaluate.py", "--checkpoint", checkpoint, "--data", world, "--examples", 4, "--json",
                    tmp_path / "measures.json", "--sheet", tmp_path / "sheet.png")
     assert done.returncode == 0, done.stderr
     measures = json.loads((tmp_path / "measures.json").read_text())
@@ -275,5 +275,5 @@ def test_a_run_checkpoint_is_read(command, world, tmp_path):
     done = command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--steps", 1)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(os.path.join(tmp_path, "last.pt"))["args"]["sets"] == ["coco", "vg"]
-    done = command("evaluate.py", "--checkpoint", tmp_path / "last.pt", "--data", world, "--pictures", 2)
+    done = command("evaluate.py", "--checkpoint", tmp_path / "last.pt", "--data", world, "--examples", 2)
     assert done.returncode == 0 and "caption_objects" in done.stdout, done.stderr

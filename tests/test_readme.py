@@ -8,8 +8,10 @@ import sys
 
 from conftest import ROOT, TINY
 
-SMALL = [*TINY[1:], "--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--short-sides", "64",
-         "--long-side", "96", "--queries", "8", "--steps", "1", "--device", "cpu"]
+MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
+SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1", "--device", "cpu"]
+TUNE = ["--data", "DIR", "--batch-size", "8", "--negatives", "2", "--steps", "1", "--workers", "0", "--minutes", "0",
+        "--short-sides", "64", "--long-side", "96", "--device", "cpu"]
 
 
 def commands():
@@ -34,6 +36,8 @@ def test_every_command_runs(world, tmp_path):
         script, flags = words[1], words[2:]
         if script == "pretrain.py":
             flags += SMALL + (["--data", "DIR"] if "--resume" not in flags else [])
+        elif script == "finetune.py":
+            flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
         elif script == "shapes.py":
             flags += ["--train", "16", "--val", "2", "--test", "2"]
         done = subprocess.run([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True,

@@ -1,0 +1,430 @@
+"""Stage 2: fine-tune a pre-trained E2E-VLP on one of five tasks (section 5.1; detection: section 5.8).
+
+    python finetune.py --task vqa --mini --init runs/mini/last.pt                       # a laptop, minutes
+    python finetune.py --task flickr30k --init runs/pretrain/last.pt --data DIR         # one GPU
+    torchrun --nproc_per_node=8 finetune.py --task vqa --init FILE --data DIR           # defaults: the paper's settings
+
+    task        reads                               learns with                           chosen by
+    vqa         [CLS] question [SEP] picture        sigmoid cross-entropy over answers    overall accuracy
+    nlvr2       two such sequences, one a picture   cross-entropy, true or false          accuracy
+    caption     the picture alone                   label-smoothed cross-entropy          CIDEr
+    flickr30k   [CLS] sentence [SEP] picture        circle loss over sampled pairs        mean of IR@1 and TR@1
+    detection   [CLS] sentence [SEP] picture        DETR's set loss, COCO's head          AP
+
+What it writes to --output: log.jsonl, last.pt (to go on or to use), best.pt (the best on validation).
+`--init none` starts from nothing, so that what pre-training is worth can be seen.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (
+    LONG_SIDE,
+    SHORT_SIDES,
+    Batches,
+    InputError,
+    TaskSet,
+    Tokenizer,
+    collate_task,
+    common_answers,
+    read_json,
+)
+from evaluate import BEST_BY, evaluate_task, read_task
+from matcher import LOSS_WEIGHTS as SET_WEIGHTS
+from matcher import count, set_loss
+from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
+from pretrain import (
+    MINI_MODEL,
+    MODEL_FLAGS,
+    add_model_flags,
+    attempt,
+    check_output,
+    clear_output,
+    config_of,
+    divide_batch,
+    gathered,
+    start_processes,
+    stop_processes,
+    summed,
+    to_device,
+)
+
+# Section 5.1; decay: the epochs after which the rates are multiplied by 0.1
+DEFAULTS = {"vqa": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
+            "nlvr2": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
+            "caption": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
+            "flickr30k": dict(batch_size=64, epochs=4, lr=5e-5, decay=[]),
+            "detection": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9])}
+# The parts of the model that a task uses. The others are not trained: they get no gradient, and DDP must know.
+PARTS = {"vqa": ("backbone", "sentence", "encoder", "answer"), "nlvr2": ("backbone", "sentence", "encoder", "pair"),
+         "caption": ("backbone", "sentence", "encoder", "decoder", "caption"),
+         "flickr30k": ("backbone", "sentence", "encoder", "itm"),
+         "detection": ("backbone", "sentence", "encoder", "decoder", "query_positions", "classes.coco", "box")}
+
+
+def parse(argv):
+    """Flags. Three layers of defaults: the task's, then --mini's, then what is given."""
+    parser = argparse.ArgumentParser(description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5.1).",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
+    parser.add_argument("--init", required=True, help="checkpoint to start from, or none: then the model's flags count")
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
+    g.add_argument("--vocab", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
+    g.add_argument("--answers", help="VQA: JSON list of answers (default: those given at least 9 times in train + val)")
+    g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
+    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), help="scale augmentation, pixels")
+    g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
+    g.add_argument("--workers", type=int, default=4, help="loader processes for each training process")
+    g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
+    add_model_flags(parser)
+    g = parser.add_argument_group("training")
+    g.add_argument("--batch-size", type=int, help="examples a step, over all processes (default: the task's)")
+    g.add_argument("--micro-batch", type=int, default=0,
+                   help="examples a process holds at once; a larger share is accumulated (0: the whole share)")
+    g.add_argument("--epochs", type=float, help="passes over the training examples (default: the task's)")
+    g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
+    g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
+    g.add_argument("--lr", type=float, help="learning rate of the transformer (default: the task's)")
+    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet")
+    g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 after the task's epochs")
+    g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=1e-4)
+    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--label-smoothing", type=float, default=0.1, help="captioning")
+    g.add_argument("--negatives", type=int, default=4, help="retrieval: wrong sentences, and pictures, a pair")
+    g.add_argument("--gamma", type=float, default=32.0, help="retrieval: scale of the circle loss")
+    g.add_argument("--margin", type=float, default=0.25, help="retrieval: margin of the circle loss")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g = parser.add_argument_group("output")
+    g.add_argument("--output", help="folder for log.jsonl, last.pt and best.pt (default: runs/TASK)")
+    g.add_argument("--log-every", type=int, default=50, help="steps")
+    g.add_argument("--val-every", type=float, default=1.0, help="epochs between two validations")
+    g.add_argument("--objects", action="store_true", help="captioning: caption_objects too, by Visual Genome's boxes")
+    g.add_argument("--val-examples", type=int, default=0, help="validate on the first ones only (0: all)")
+    task = parser.parse_args(argv).task
+    parser.set_defaults(output=f"runs/{task}", **DEFAULTS[task])
+    chosen = parser.parse_args(argv)
+    if chosen.mini:
+        mini_preset(parser, task)
+    if chosen.init != "none":  # the model is the file's: a flag that is given can only agree with it, see `build`
+        parser.set_defaults(**dict.fromkeys((*MODEL_FLAGS, "backbone_weights", "vocab")))
+    args = parser.parse_args(argv)
+    for flag in ("batch_size", "epochs", "log_every", "long_side", "negatives", "val_every"):
+        if getattr(args, flag) <= 0:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be more than 0")
+    return args, None if args.init == "none" else load_checkpoint(args.init, "--init")
+
+
+def mini_preset(parser, task):
+    """The miniature world on two cores in about 10 minutes."""
+    parser.set_defaults(**MINI_MODEL, data="data/mini", short_sides=[64], long_side=96, workers=1, minutes=9.5,
+                        epochs=30, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50, clip=1.0, val_every=1e6,
+                        batch_size=32, output=f"runs/mini-{task}", objects=task == "caption")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What each task learns with
+
+
+def circle_loss(right, wrong, margin=0.25, gamma=32.0):
+    """Circle loss of one right and several wrong similarities (Sun et al. 2020, Eq. 6), for each of N anchors.
+
+    right (N,), wrong (N, M), both in 0..1. With O_p = 1 + m, O_n = -m, D_p = 1 - m, D_n = m:
+        L = log(1 + sum_j exp(g a_n (s_n - D_n)) * exp(-g a_p (s_p - D_p))),  a_p = [O_p - s_p]+, a_n = [s_n - O_n]+
+    The weights a grow with how far a similarity is from its optimum, and are not differentiated: a pair that is nearly
+    right is left alone, the hardest of the wrong ones outweighs the rest in the sum. Returns (N,).
+    """
+    weight_right = (1 + margin - right).clamp(min=0).detach()
+    weight_wrong = (wrong + margin).clamp(min=0).detach()
+    pull = -gamma * weight_right * (right - (1 - margin))
+    push = torch.logsumexp(gamma * weight_wrong * (wrong - margin), dim=1)
+    return F.softplus(push + pull)
+
+
+def other_rows(B, n, generator):
+    """(B, n) int64: for each of B rows n different other rows."""
+    shifts = torch.stack([torch.randperm(B - 1, generator=generator)[:n] + 1 for _ in range(B)])
+    return (torch.arange(B)[:, None] + shifts) % B
+
+
+class Objective(nn.Module):
+    """The model with the loss of its task: what DistributedDataParallel wraps."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, batch, counts):
+        """batch of data.collate_task, on the device; counts: of `counts_of`, summed over all processes.
+
+        Returns the named losses, each divided by its count; their weighted sum over all processes is the loss.
+        """
+        model, args, tokens, targets = self.model, self.args, batch["tokens"], batch["targets"]
+        grid = model.encode_picture(batch["images"], batch["sizes"])
+        if args.task == "vqa":
+            logits = model.answer_questions(grid, tokens).float()
+            return {"loss_vqa": F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / counts[0]}
+        if args.task == "nlvr2":
+            B = len(tokens)
+            left, right = (grid.rows(torch.arange(at, at + B, device=tokens.device)) for at in (0, B))
+            logits = model.judge_statements(left, right, tokens).float()
+            return {"loss_nlvr2": F.cross_entropy(logits, targets, reduction="sum") / counts[0]}
+        if args.task == "caption":
+            logits = model.decode_caption(model.encode(grid), tokens[:, :-1]).float()
+            return {"loss_caption": F.cross_entropy(
+                logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=model.config.pad, reduction="sum",
+                label_smoothing=args.label_smoothing) / counts[0]}
+        if args.task == "flickr30k":
+            B, n = len(tokens), args.negatives
+            # Each picture with its own sentence, with n other sentences, and each sentence with n other pictures
+            others = [batch["others"][side] for side in (0, 1)]
+            own = torch.arange(B, device=tokens.device)
+            repeated = own[:, None].expand(B, n)
+            pictures = torch.cat([own, repeated.flatten(), others[1].flatten()])
+            sentences = torch.cat([own, others[0].flatten(), repeated.flatten()])
+            right, *wrong = model.similarity(grid.rows(pictures), tokens[sentences]).split([B, B * n, B * n])
+            both = sum(circle_loss(right, w.view(B, n), args.margin, args.gamma).sum() for w in wrong)
+            return {"loss_flickr30k": both / (2 * counts[0])}
+        objects = model.detect(model.encode(grid, tokens if args.text == "caption" else None))
+        objects["logits"] = {"coco": objects["logits"]["coco"]}
+        return set_loss(objects, targets, counts=torch.tensor(counts))
+
+
+def counts_of(batch, args, config):
+    """What the task's loss is divided by, for this process's part of the batch."""
+    if args.task == "detection":
+        return count(batch["targets"], config.queries).tolist()
+    return [float((batch["tokens"][:, 1:] != config.pad).sum()) if args.task == "caption" else len(batch["tokens"])]
+
+
+def rate_scale(step, epoch, progress, args):
+    """What both rates are multiplied by, from the step, the epochs done and the share of the training (0 .. 1)."""
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    if args.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warm * 0.1 ** sum(epoch >= e for e in args.decay)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def build(args, state, answers, categories, say):
+    """(model, tokenizer, names): from --init, whose configuration and vocabulary are kept, or from nothing."""
+    torch.manual_seed(args.seed)  # the same weights in each process
+    if state is None:
+        names = {"coco": categories, "vg": [], "attributes": [], "answers": answers}
+        tokenizer = Tokenizer(args.vocab or f"{args.data}/vocab.txt")
+        model = E2EVLP(config_of(args, tokenizer, names, task=args.task, answers=len(answers)))
+        if args.backbone_weights != "none":
+            model.backbone.load_weights(args.backbone_weights)
+        return model, tokenizer, names
+    config = state["config"]
+    for flag in (*MODEL_FLAGS, "backbone_weights", "vocab"):
+        value, name = getattr(args, flag), f"--{flag.replace('_', '-')}"
+        if value is not None and (flag not in MODEL_FLAGS or value != getattr(config, flag)):
+            has = f" has {getattr(config, flag)}" if flag in MODEL_FLAGS else " has its own"
+            raise InputError(f"{name} {value}: {args.init}{has}; leave the flag away, or give --init none")
+    if config.task not in ("", args.task):
+        raise InputError(f"--init {args.init}: fine-tuned for {config.task}; give a pre-trained checkpoint")
+    if args.task == "detection" and state["names"]["coco"] != categories:
+        raise InputError(f"--data {args.data}: COCO's categories are not those of {args.init}")
+    tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
+    model = E2EVLP(replace(config, task=args.task, answers=len(answers)))
+    load_weights(model, state["model"], say)
+    return model, tokenizer, {**state["names"], "answers": answers}
+
+
+def read_answers(path):
+    """A JSON list of answers, as bottom-up-attention's trainval_label2ans; InputError if it is none."""
+    answers = read_json(path, "VQA's answers")
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+        raise InputError(f"--answers {path}: must be a JSON list of answers")
+    if len(set(answers)) < len(answers):
+        raise InputError(f"--answers {path}: {len(answers) - len(set(answers))} answers stand in it twice")
+    return answers
+
+
+def train(args, state):
+    rank, world, device = start_processes(args.device)
+
+    def say(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
+    share, parts = divide_batch(args, world)
+    if args.task == "flickr30k" and share // parts <= args.negatives:
+        raise InputError(f"--negatives {args.negatives}: are drawn from what a process holds at once, {share // parts} "
+                         "pictures; choose fewer, or a larger --batch-size or --micro-batch")
+
+    def prepare():
+        if rank == 0:
+            check_output(args.output)
+        examples, categories = read_task(args.task, args.data, "train", say)
+        val, _ = read_task(args.task, args.data, "val", say)
+        answers = []
+        if args.task == "vqa":
+            answers = read_answers(args.answers) if args.answers else common_answers(examples + val)
+            if not answers:
+                raise InputError(f"{args.data}/vqa: no answer was given to 9 questions; give --answers FILE")
+        return examples, val[:args.val_examples or None], answers, *build(args, state, answers, categories, say)
+
+    examples, val, answers, model, tokenizer, names = attempt(prepare, world)
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if not name.startswith(PARTS[args.task]) or (name.startswith("sentence") and args.text == "none"
+                                                     and args.task == "detection"):
+            parameter.requires_grad_(False)
+    model.to(device)
+    backbone = [p for p in model.backbone.resnet.parameters() if p.requires_grad]
+    ours = {id(p) for p in backbone}
+    base_rates = [args.lr, args.lr_backbone]
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in ours]},
+        {"params": backbone}], lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    objective = Objective(model, args)
+    if world > 1:
+        objective = DistributedDataParallel(objective)
+
+    trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
+                       text=args.text, seed=args.seed)
+    batches = Batches([(1, 1)] * len(examples), args.batch_size, parts=parts, rank=rank, world=world,
+                      seed=args.seed)
+    loader = torch.utils.data.DataLoader(
+        trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
+        collate_fn=functools.partial(collate_task, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
+    steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
+    say(f"{args.task}: {len(examples)} examples to train on, {len(val)} to validate"
+        + (f", {len(answers)} answers" if answers else ""))
+    say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers, "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters in training")
+    say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} examples; {steps} steps"
+        + (f" or {args.minutes:g} minutes" if args.minutes else ""))
+
+    if rank == 0:
+        clear_output(args.output, None, say)
+    log, kept = os.path.join(args.output, "log.jsonl"), {**vars(args), "sets": []}
+    best, broken, started, step, seen, spent = -math.inf, set(), time.time(), 0, 0, 0.0
+    logged = started
+    next_val = args.val_every
+
+    def write_log(line):
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(name, scores):
+        if rank == 0:
+            save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
+                            scores=scores)
+
+    def validate():
+        nonlocal best
+        _, scores = evaluate_task(args.task, model, tokenizer, names, val, args.data, "val",
+                                  short=max(args.short_sides), long=args.long_side, device=device, text=args.text,
+                                  objects=args.objects, batch_size=args.batch_size, amp=args.amp == "bf16", rank=rank,
+                                  world=world)
+        write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()}})
+        say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        mark = sum(scores[k] for k in BEST_BY[args.task])
+        if mark > best:
+            best = mark
+            save("best.pt", scores)
+        save("last.pt", scores)
+        model.train()
+        return scores
+
+    generator = torch.Generator().manual_seed(args.seed + rank)
+    model.train()
+    iterator = iter(loader)
+    bar = tqdm(total=steps, disable=None if rank == 0 else True, unit="step")
+    done = False
+    while not done:
+        micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
+        broken.update(name for batch in micro for name in batch["broken"])
+        local = [sum(column) for column in zip(*(counts_of(batch, args, config) for batch in micro))]
+        *counts, spent, total_broken = summed(
+            [*local, time.time() - started if rank == 0 else 0.0, len(broken)], world, device)
+        if total_broken > args.max_broken:
+            raise InputError(f"{int(total_broken)} pictures cannot be decoded, {sorted(broken)[:1]} among them "
+                             f"(--max-broken {args.max_broken}); mend or remove them")
+        epoch = step / batches.per_epoch
+        progress = max(step / steps, spent / (args.minutes * 60) if args.minutes else 0.0)
+        for group, rate in zip(optimizer.param_groups, base_rates):
+            group["lr"] = rate * rate_scale(step, epoch, progress, args)
+
+        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
+        sums = {}
+        for number, batch in enumerate(micro):
+            if args.task == "flickr30k":
+                batch["others"] = torch.stack([other_rows(len(batch["tokens"]), args.negatives, generator)
+                                               for _ in range(2)])
+            with objective.no_sync() if world > 1 and number < parts - 1 else torch.enable_grad():
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp == "bf16"):
+                    named = objective(to_device(batch, device), counts)
+                total = sum(SET_WEIGHTS.get(name, 1.0) * value for name, value in named.items())
+                (total * world).backward()  # DDP takes the mean over processes; the counts are sums over them already
+            for name, value in named.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
+        if not torch.isfinite(norm):
+            ids = sum(gathered([i for batch in micro for i in batch["ids"]], world), [])
+            raise InputError(f"step {step}: the gradient is not finite (examples {', '.join(map(str, ids))}); "
+                             "try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + args.batch_size
+        bar.update()
+        done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+
+        if step % args.log_every == 0 or done:
+            values = dict(zip(sums, summed([float(v) for v in sums.values()], world, device)))
+            line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
+                    "loss": sum(SET_WEIGHTS.get(k, 1.0) * v for k, v in values.items()), **values,
+                    "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[1]["lr"],
+                    "grad_norm": float(norm), "examples_per_second": seen / (time.time() - logged), "seconds": spent,
+                    "broken": int(total_broken)}
+            write_log(line)
+            if rank == 0 and bar.disable:
+                say(f"step {step}/{steps}  loss {line['loss']:.4f}  {line['examples_per_second']:.0f} examples/s")
+            logged, seen = time.time(), 0
+        if step / batches.per_epoch >= next_val and not done:
+            validate()
+            next_val += args.val_every
+            logged, seen = time.time(), 0
+    bar.close()
+    if broken:
+        say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")
+    validate()
+    say(f"{args.output}/best.pt: " + ", ".join(
+        f"{k} {v:.3f}" for k, v in load_checkpoint(f"{args.output}/best.pt")["scores"].items())) if rank == 0 else None
+    stop_processes(world)
+
+
+def main(argv=None):
+    try:
+        train(*parse(argv))
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"finetune.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Stage 2 as a user runs it: each task's command at a tiny size, its loss against references, official results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import finetune
+from data import common_answers, read_karpathy, read_nlvr2, read_vqa
+from model import TASKS, load_checkpoint
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SMALL = ["--mini", "--workers", "0", "--minutes", "0", "--batch-size", "4", "--warmup", "0", "--log-every", "1",
+         "--steps", "2", "--negatives", "2"]
+KEYS = {"vqa": {"overall", "yes/no", "number", "other"}, "nlvr2": {"accuracy", "consistency"},
+        "caption": {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "caption_objects"},
+        "flickr30k": {"IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10"},
+        "detection": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}
+
+
+def run(script, *words, launch=()):
+    done = subprocess.run([sys.executable, *launch, script, *map(str, words)], cwd=ROOT, text=True, capture_output=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    run("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", 1, "--backbone-weights", weights)
+    return str(folder / "last.pt")
+
+
+@pytest.fixture(scope="module")
+def tuned(world, pretrained, tmp_path_factory):
+    """task -> its folder after two steps"""
+    made = {}
+
+    def tune(task):
+        if task not in made:
+            folder = str(tmp_path_factory.mktemp(task) / "out")
+            said = run("finetune.py", "--task", task, "--init", pretrained, "--data", world, "--output", folder, *SMALL)
+            made[task] = folder, said
+        return made[task]
+    return tune
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_path):
+    folder, said = tuned(task)
+    with open(f"{folder}/log.jsonl") as file:
+        *steps, val = map(json.loads, file)
+    assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
+    scores = {k[4:]: v for k, v in val.items() if k.startswith("val_")}
+    assert set(scores) == KEYS[task]
+    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl"]
+    if task in ("vqa", "nlvr2"):
+        head = {"vqa": "answer", "nlvr2": "pair"}[task]
+        assert f"not in the checkpoint, starts anew: {head}.0.weight" in said
+    extra = ["--objects"] if task == "caption" else []
+    run("evaluate.py", "--task", task, "--checkpoint", f"{folder}/last.pt", "--data", world, "--json",
+        tmp_path / "scores.json", "--submit", tmp_path / "results", *extra)
+    assert json.loads((tmp_path / "scores.json").read_text()) == pytest.approx(scores, abs=1e-6)
+    # The file that it wrote is scored by itself, where the annotations are a file's (Karpathy's val split is not).
+    against = {"vqa": "vqa/v2_mscoco_val2014_annotations.json", "nlvr2": "nlvr2/dev.json"}.get(task)
+    if against:
+        run("evaluate.py", "--task", task, "--score", tmp_path / "results", "--against", f"{world}/{against}",
+            "--json", tmp_path / "again.json")
+        assert json.loads((tmp_path / "again.json").read_text()) == pytest.approx(scores, abs=1e-6)
+
+
+def test_results_for_a_test_split_need_no_labels(tuned, world, tmp_path):
+    run("evaluate.py", "--task", "vqa", "--checkpoint", f"{tuned('vqa')[0]}/best.pt", "--data", world, "--split",
+        "test", "--submit", tmp_path / "vqa.json")
+    results = json.loads((tmp_path / "vqa.json").read_text())
+    with open(f"{world}/vqa/v2_OpenEnded_mscoco_test2015_questions.json") as file:
+        assert [r["question_id"] for r in results] == [q["question_id"] for q in json.load(file)["questions"]]
+    assert all(isinstance(r["answer"], str) for r in results)
+
+
+def test_several_processes_score_as_one(tuned, world, pretrained, tmp_path):
+    """Two processes at a rate of nothing: the scores are those of the checkpoint, of 32 questions shared by two."""
+    scores = []
+    for name, launch in (("one", ()), ("two", TORCHRUN)):
+        run("finetune.py", "--task", "nlvr2", "--init", pretrained, "--data", world, "--output", tmp_path / name,
+            *SMALL, "--lr", 0, "--lr-backbone", 0, "--weight-decay", 0, launch=launch)
+        with open(tmp_path / name / "log.jsonl") as file:
+            scores.append([json.loads(line) for line in file][-1])
+    assert scores[0] == pytest.approx(scores[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_circle_loss_equals_a_slow_loop():
+    torch.manual_seed(0)
+    right, wrong = torch.rand(6, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64)
+    found = finetune.circle_loss(right, wrong, margin=0.25, gamma=32.0)
+    for n in range(6):
+        total = 0.0
+        for s in wrong[n].tolist():
+            a_n, a_p = max(0.0, s + 0.25), max(0.0, 1.25 - float(right[n]))
+            total += np.exp(32 * a_n * (s - 0.25)) * np.exp(-32 * a_p * (float(right[n]) - 0.75))
+        assert float(found[n]) == pytest.approx(np.log(1 + total), rel=1e-9)
+
+
+def test_circle_loss_limits():
+    good = finetune.circle_loss(torch.tensor([1.0]), torch.tensor([[0.0, 0.0]]))
+    bad = finetune.circle_loss(torch.tensor([0.0]), torch.tensor([[1.0, 0.0]]))
+    assert float(good) == pytest.approx(np.log(1 + 2 * np.exp(-4)), rel=1e-5) and bad > 40
+    right = torch.tensor([0.5], requires_grad=True)
+    wrong = torch.tensor([[0.5, 0.4]], requires_grad=True)
+    finetune.circle_loss(right, wrong).sum().backward()
+    assert right.grad < 0 and (wrong.grad > 0).all() and wrong.grad[0, 0] > wrong.grad[0, 1]  # the harder weighs more
+
+
+def test_smoothed_loss_is_a_mixture_with_the_uniform():
+    logits, target = torch.randn(5, 7, dtype=torch.float64), torch.randint(0, 7, (5,))
+    found = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1, reduction="sum")
+    log_p = logits.log_softmax(-1)
+    expected = -sum(0.9 * log_p[n, target[n]] + 0.1 * log_p[n].mean() for n in range(5))
+    torch.testing.assert_close(found, expected)
+
+
+def test_others_are_different_rows():
+    rows = finetune.other_rows(5, 4, torch.Generator().manual_seed(0))
+    for b, row in enumerate(rows.tolist()):
+        assert sorted([b, *row]) == list(range(5))
+
+
+def test_the_papers_schedule():
+    args = finetune.parse(["--task", "vqa", "--init", "none"])[0]
+    assert (args.batch_size, args.epochs, args.lr) == (32, 12, 1e-4)
+    assert [round(finetune.rate_scale(9, epoch, 0, args), 3) for epoch in (0, 5.9, 6, 8.9, 9)] == [1, 1, .1, .1, .01]
+    args = finetune.parse(["--task", "flickr30k", "--init", "none"])[0]
+    assert (args.batch_size, args.epochs, args.lr) == (64, 4, 5e-5) and finetune.rate_scale(9, 3.9, 0, args) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def test_splits_and_their_pictures(world):
+    vqa = read_vqa(world, "train")
+    assert len(vqa) == 4 * 48 and all(len(e.answers) == 10 and os.path.exists(e.files[0]) for e in vqa)
+    answers = common_answers(vqa + read_vqa(world, "val"))
+    assert {"yes", "no", "0", "1"} <= set(answers) and answers == sorted(answers)
+    nlvr2 = read_nlvr2(world, "dev")
+    assert all(len(e.files) == 2 and e.target in (0, 1) for e in nlvr2)
+    for name, n in (("coco", 48), ("flickr30k", 16)):
+        assert len(read_karpathy(world, name, "train")) == n
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def fails(script, *words, says):
+    done = subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith(f"{script}: ") and says in lines[-1], lines
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input(tuned, pretrained, world, tmp_path):
+    init = ["--init", pretrained, "--data", world, "--output", tmp_path / "out"]
+    fails("finetune.py", "--task", "poetry", *init, says="poetry")
+    fails("finetune.py", "--task", "vqa", "--init", "nowhere.pt", says="--init nowhere.pt: no such file")
+    fails("finetune.py", "--task", "vqa", *init, "--width", 64, says="--width 64: ")
+    fails("finetune.py", "--task", "nlvr2", "--init", f"{tuned('vqa')[0]}/best.pt", "--data", world, "--output",
+          tmp_path / "out", says="fine-tuned for vqa")
+    (tmp_path / "answers.json").write_text('["yes", "yes"]')
+    fails("finetune.py", "--task", "vqa", *init, "--answers", tmp_path / "answers.json", says="stand in it twice")
+    fails("evaluate.py", "--task", "nlvr2", "--checkpoint", f"{tuned('vqa')[0]}/best.pt", "--data", world,
+          says="is fine-tuned for vqa")
+    fails("evaluate.py", "--task", "vqa", "--checkpoint", pretrained, "--data", world, says="fine-tuned for no task")
+    fails("evaluate.py", "--task", "vqa", "--score", tmp_path / "none.json", says="--against")
+    fails("evaluate.py", says="give --checkpoint and --data")
+    assert load_checkpoint(pretrained)["config"].task == ""
