@@ -58,6 +58,7 @@ class Tokenizer:
             raise InputError(f"--vocab {name}: {len(self.vocabulary) - len(numbers)} pieces stand in it twice")
         self.max_tokens = max_tokens
         self.pad, self.unk, self.cls, self.sep, self.mask = (numbers[piece] for piece in SPECIAL)
+        self.ordinary = [i for i, piece in enumerate(self.vocabulary) if piece not in SPECIAL]
         self.wordpiece = BertWordPieceTokenizer(numbers, lowercase=True)
 
     def __len__(self):
@@ -145,9 +146,10 @@ def on_disk(folder):
         raise InputError(f"{folder}: no such folder; unpack the pictures there (see the README's data tree)") from None
 
 
-def read_coco(data, split, say=print):
+def read_coco(data, split, say=print, flickr_out=()):
     """COCO 2017 instances and captions of "train" or "val": ({picture id: Picture}, [category names]).
 
+    flickr_out: numbers of Flickr photographs to leave out; a COCO record tells its own in "flickr_url".
     Crowd boxes are left out. A few boxes of the real files have no area: they are left out and counted, but more than
     one in ten thousand is an error, because then the file itself is wrong.
     """
@@ -155,8 +157,12 @@ def read_coco(data, split, say=print):
     instances = read_json(path, "detection on COCO")
     folder = f"{data}/coco/{split}2017"
     names = on_disk(folder)
-    pictures, missing = {}, []
+    pictures, missing, leaking = {}, [], 0
     for r in records(path, instances, "images"):
+        photo = re.search(r"/(\d+)_[^/]*$", str(r.get("flickr_url")))
+        if photo and int(photo[1]) in flickr_out:
+            leaking += 1
+            continue
         number, name = take(r, "id", int, path), os.path.basename(take(r, "file_name", str, path))
         size = (take(r, "height", int, path), take(r, "width", int, path))
         if min(size) < 1:
@@ -169,6 +175,8 @@ def read_coco(data, split, say=print):
         say(f"{folder}: {len(missing)} pictures of {path} are not there, the first is {missing[0]}; left out")
     if not pictures:
         raise InputError(f"{folder}: holds none of the pictures of {path}; unpack them there")
+    if leaking:
+        say(f"coco: {leaking} pictures of {split}2017 are in Flickr30k's val or test split; left out")
     categories = sorted(records(path, instances, "categories"), key=lambda r: take(r, "id", int, path))
     label_of = {r["id"]: i for i, r in enumerate(categories)}
     bad, count, left_out = [], 0, {r["id"] for r in instances["images"]} - set(pictures)
@@ -320,7 +328,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     coco_out, flickr_out = held_out(data, say)
     train, val, names = {}, {}, {"coco": [], "vg": [], "attributes": []}
     if "coco" in sets:
-        train, names["coco"] = read_coco(data, "train", say)
+        train, names["coco"] = read_coco(data, "train", say, flickr_out)
         val, val_names = read_coco(data, "val", say)
         if val_names != names["coco"]:
             raise InputError(f"{data}/coco/annotations: train2017 and val2017 have different categories")
@@ -337,10 +345,13 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
         for number, picture in vg.items():
             coco_id, flickr_id = same[number]
             partner = train.get(coco_id) or val.get(coco_id) if coco_id is not None else None
-            if partner is not None:
+            if flickr_id in flickr_out:
+                leaking += 1
+                train.pop(coco_id, None)  # the same picture in COCO
+            elif partner is not None:
                 partner.vg = picture.vg
                 partner.sentences += picture.sentences
-            elif coco_id in coco_out or flickr_id in flickr_out:
+            elif coco_id in coco_out:
                 leaking += 1
             else:
                 vg_only.append(picture)
@@ -409,6 +420,8 @@ def read_vqa(data, split):
             said[take(r, "question_id", int, answers)] = (
                 tuple(take(a, "answer", str, answers) for a in records(answers, r, "answers")),
                 take(r, "multiple_choice_answer", str, answers))
+    if not questions:
+        raise InputError(f"{path}: holds no question; download it again")
     find, examples = coco_finder(data), []
     for r in questions:
         number = take(r, "question_id", int, path)
@@ -452,6 +465,8 @@ def read_nlvr2(data, split):
                              "again") from None
         files = tuple(f"{folder}/{name.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
         examples.append(Example(name, files, text, target))
+    if not examples:
+        raise InputError(f"{path}: holds no record; download it again")
     for folder in {os.path.dirname(f) for e in examples for f in e.files}:
         there = on_disk(folder)
         for e in examples:
@@ -565,6 +580,8 @@ def decodable(pictures, say=print):
             good.append(picture)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
             say(f"{picture.file}: cannot be decoded ({error}); left out of validation")
+    if pictures and not good:
+        raise InputError(f"{pictures[0].file}: cannot be decoded, nor can any other validation picture; mend them")
     return good
 
 
@@ -620,7 +637,7 @@ def mask_words(tokens, tokenizer, rng, share=0.15):
         if chance < 0.8:
             tokens[i] = tokenizer.mask
         elif chance < 0.9:
-            tokens[i] = rng.randrange(len(tokenizer))
+            tokens[i] = rng.choice(tokenizer.ordinary)
     return tokens, labels
 
 
@@ -636,7 +653,6 @@ class PretrainingSet(torch.utils.data.Dataset):
         self.pictures, self.tokenizer, self.attributes, self.seed = pictures, tokenizer, attributes, seed
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.K, self.without_sentence = sentences_per_picture, without_sentence
-        self.known = [{s.lower() for s in p.sentences} for p in pictures]
 
     def __len__(self):
         return len(self.pictures)
@@ -669,10 +685,11 @@ class PretrainingSet(torch.utils.data.Dataset):
 
     def other_sentence(self, index, rng):
         """A sentence of another picture that is none of this one's; None if a hundred draws find none."""
+        own = {s.lower() for s in self.pictures[index].sentences}
         for _ in range(100):
             other = rng.randrange(len(self.pictures))
             sentence = rng.choice(self.pictures[other].sentences)
-            if other != index and sentence.lower() not in self.known[index]:
+            if other != index and sentence.lower() not in own:
                 return sentence
         return None
 

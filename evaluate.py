@@ -200,7 +200,7 @@ def questions(pictures, phrases, tokenizer, seed=0, per_picture=4):
 
 def mean_picture(files, side=64):
     """What a blind model sees: the mean of the pictures, each squeezed to side x side, as a PIL image."""
-    total = sum(torch.from_numpy(np.array(load_picture(file).resize((side, side)))).double() for file in files)
+    total = sum(torch.from_numpy(np.array(picture_of(file).resize((side, side)))).double() for file in files)
     return Image.fromarray((total / len(files)).round().byte().numpy())
 
 
@@ -854,10 +854,29 @@ def read_task(task, data, split, say=print):
     return read_karpathy(data, {"caption": "coco"}.get(task, task), split), []
 
 
+def answer_task(task, model, tokenizer, names, examples, *, rank=0, world=1, **settings):
+    """What the model says of each example, in their order; collective: each process does its share, all get all."""
+    found, problem = {}, None
+    try:
+        mine = range(rank, len(examples), world)
+        found = answer_share(task, model, tokenizer, names, examples, mine, show=rank == 0, **settings)
+    except InputError as error:  # a picture of this process's share; the others must hear of it
+        problem = str(error)
+    shares = [(found, problem)]
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, (found, problem))
+    for _, text in shares:
+        if text is not None:
+            raise InputError(text)
+    found = {i: answer for part, _ in shares for i, answer in part.items()}
+    return [found[i] for i in range(len(examples))]
+
+
 @torch.no_grad()
-def answer_task(task, model, tokenizer, names, examples, *, short, long, device="cpu", text="caption", batch_size=32,
-                amp=False, blind=False, beam=4, alpha=0.9, rank=0, world=1):
-    """What the model says of each example, in their order; collective, each process does its share.
+def answer_share(task, model, tokenizer, names, examples, mine, *, short, long, device="cpu", text="caption",
+                 batch_size=32, amp=False, blind=False, beam=4, alpha=0.9, show=True):
+    """What the model says of the examples with the numbers `mine`, {number: answer}:
 
     vqa: the answer; nlvr2: "True" or "False"; caption: the caption; detection: [(label, (x, y, w, h) in pixels,
     score)]; flickr30k: (S,) float32, the picture's similarity to all sentences of all examples, in their order.
@@ -868,8 +887,7 @@ def answer_task(task, model, tokenizer, names, examples, *, short, long, device=
     if task == "flickr30k":
         every = [tokenizer.encode(sentence) for e in examples for sentence in e.sentences]
         order = sorted(range(len(every)), key=lambda i: len(every[i]))  # like lengths together, so little is padded
-    mine = range(rank, len(examples), world)
-    for at in tqdm(range(0, len(mine), batch_size), task, disable=None if rank == 0 else True, leave=False):
+    for at in tqdm(range(0, len(mine), batch_size), task, disable=None if show else True, leave=False):
         numbers = mine[at:at + batch_size]
         batch = [examples[i] for i in numbers]
         images = [picture_of(e.files[side], mean) for side in range(len(batch[0].files)) for e in batch]
@@ -905,11 +923,7 @@ def answer_task(task, model, tokenizer, names, examples, *, short, long, device=
                         numbers, images, *(x.cpu() for x in found_objects(objects, "coco"))):
                     pixels_ = boxes_in_pixels(boxes, image.size[::-1]).tolist()
                     found[i] = list(zip(labels.tolist(), pixels_, scores.tolist()))
-    if world > 1:
-        gathered = [None] * world
-        torch.distributed.all_gather_object(gathered, found)
-        found = {i: answer for part in gathered for i, answer in part.items()}
-    return [found[i] for i in range(len(examples))]
+    return found
 
 
 def picture_of(file, mean=None):
@@ -1046,7 +1060,15 @@ def parse(argv):
     parser.add_argument("--alpha", type=float, default=0.9, help="captioning: length penalty")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     args = parser.parse_args(argv)
+    for flag in ("batch_size", "beam"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     if args.score:
         if not args.task or not args.against:
             raise InputError("--score: needs --task and --against, the official annotation file")
@@ -1054,7 +1076,7 @@ def parse(argv):
         raise InputError("give --checkpoint and --data, or --task, --score and --against")
     for flag in ("json", "sheet", "submit"):
         path = getattr(args, flag)
-        if path and not os.access(os.path.dirname(path) or ".", os.W_OK):
+        if path and (os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)):
             raise InputError(f"--{flag} {path}: cannot be written; make its folder first, or give another")
     return args
 
@@ -1094,11 +1116,13 @@ def run(args):
         results, scores = evaluate_task(
             config.task, model, tokenizer, names, examples[:args.examples or None], args.data, args.split,
             text=args.text or state["args"]["text"], batch_size=args.batch_size, blind=args.blind, beam=args.beam,
-            alpha=args.alpha, objects=args.objects, **size)
+            alpha=args.alpha, objects=args.objects, amp=args.amp == "bf16", **size)
         if args.submit:
             write_results(args.submit, config.task, results)
             print(f"{args.submit}: {len(results)} results")
         return scores
+    if args.submit or args.blind or args.split != "val":
+        raise InputError(f"--submit, --blind, --split: are for fine-tuned models, and {args.checkpoint} is pre-trained")
     data = read_pretraining(args.data, state["args"]["sets"])
     if data["names"] != names:
         raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
@@ -1107,7 +1131,8 @@ def run(args):
     pictures = decodable(data["val"][:args.examples or 1000])
     if args.sheet:
         draw_sheet(args.sheet, model, tokenizer, names, pictures[:12], **size)
-    return measure_with_blind(model, tokenizer, names, pictures, batch_size=args.batch_size, **size)
+    return measure_with_blind(model, tokenizer, names, pictures, batch_size=args.batch_size, amp=args.amp == "bf16",
+                              **size)
 
 
 def main(argv=None):

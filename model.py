@@ -65,6 +65,13 @@ class Config:
 # The picture: section 3.1.1, "Image Representations"
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """Batch norm with fixed statistics. torchvision's returns float32 for bf16 input, and so the whole ResNet would."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
 class Backbone(nn.Module):
     """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D channels.
 
@@ -80,7 +87,7 @@ class Backbone(nn.Module):
         if config.stride not in (16, 32):
             raise InputError(f"--stride {config.stride}: unknown; choose 16 or 32")
         self.architecture = BACKBONES[config.backbone]
-        norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+        norm = FrozenBatchNorm if config.frozen_batch_norm else nn.BatchNorm2d
         resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
         resnet.fc = resnet.avgpool = None
         channels = {32: 512, 16: 256}[config.stride] * (1 if config.backbone in ("r18", "r34") else 4)
@@ -103,7 +110,7 @@ class Backbone(nn.Module):
 
     def _zero_the_padding(self, module, inputs):
         if self._masks is not None:
-            return inputs[0] * self._masks[inputs[0].shape[-2:]]
+            return inputs[0] * self._masks[inputs[0].shape[-2:]].to(inputs[0].dtype)
 
     def forward(self, images, sizes):
         """images (B, 3, H0, W0) uint8 RGB padded right and below; sizes (B, 2) int64: the true height and width.
@@ -487,8 +494,13 @@ class E2EVLP(nn.Module):
         return self.pair(torch.cat(states, dim=-1))
 
     def similarity(self, grid, tokens):
-        """Retrieval: (B,) in 0..1, the ITM head's probability that each sentence belongs to its picture."""
-        return self.itm(self.encode(grid, tokens).states[:, 0]).float().softmax(-1)[:, 1]
+        """Retrieval: (B,) in 0..1, the ITM head's probability that each sentence belongs to its picture.
+
+        The head runs in float32 in any case: bf16 has so few digits that thousands of pairs would share a score.
+        """
+        states = self.encode(grid, tokens).states[:, 0]
+        with torch.autocast(states.device.type, enabled=False):
+            return self.itm(states.float()).softmax(-1)[:, 1]
 
     # -- generation ----------------------------------------------------------------------------------------------
 

@@ -123,19 +123,38 @@ def parse(argv):
         mini_preset(parser)
     args = parser.parse_args(argv)
     if state is not None:
-        for flag in (*MODEL_FLAGS, "sets", "seed"):
+        for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
             if getattr(args, flag) != state["args"][flag]:
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'][flag]}; leave the flag away")
-    for flag in ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward",
-                 "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side"):
-        if getattr(args, flag) <= 0:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be more than 0")
-    if args.width % 4:
-        raise InputError(f"--width {args.width}: must be a multiple of 4 (sine positions take a quarter each)")
-    if min(args.short_sides) < 32:
-        raise InputError(f"--short-sides {min(args.short_sides)}: must be 32 or more")
+    check_flags(args)
+    weights_of(args.without, args.loss_weights)
     return args, state
+
+
+# Bounds of flags, for fine-tuning too: more than 0, and 0 or more
+POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
+            "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip")
+NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "warmup", "weight_decay",
+                "max_broken", "val_every", "val_examples", "margin")
+
+
+def check_flags(args):
+    """Raise InputError for the first flag that is out of its bounds."""
+    for flag, value in vars(args).items():
+        name = f"--{flag.replace('_', '-')} {value}"
+        if value is None:
+            continue
+        if flag in POSITIVE and not 0 < value < math.inf:
+            raise InputError(f"{name}: must be more than 0")
+        if flag in NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise InputError(f"{name}: must be 0 or more")
+        if flag in ("dropout", "label_smoothing", "without_sentence") and not 0 <= value <= 1:
+            raise InputError(f"{name}: must be from 0 to 1")
+        if flag == "width" and value % 4:
+            raise InputError(f"{name}: must be a multiple of 4 (sine positions take a quarter each)")
+        if flag == "short_sides" and min(value) < 32:
+            raise InputError(f"{name.replace(str(value), str(min(value)))}: must be 32 or more")
 
 
 def config_of(args, tokenizer, names, **more):
@@ -164,14 +183,17 @@ def mini_preset(parser):
 def start_processes(device):
     """Join torchrun's processes, if there are any: (rank, number of processes, this process's device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no GPU is visible; use --device cpu")
+    if world > 1 and device.startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     if world == 1:
         return 0, 1, device
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ["RANK"])
     if device.startswith("cuda"):
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, device
 
@@ -276,7 +298,7 @@ def counts_of(batch, args):
     """
     mlm, itm = (batch["mlm_labels"] >= 0).sum(), batch["itm_labels"].numel()
     words = (batch["captions"][..., 1:] != args.pad).sum()
-    return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries, 0.1).tolist()]
+    return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries).tolist()]
 
 
 def losses(outputs, batch, counts, args):
@@ -351,20 +373,23 @@ def train(args, state):
 
     attempt(first_process_prepares, world)
 
-    # Data, tokenizer, model
-    data = read_pretraining(args.data, args.sets, say)
-    names = data["names"]
-    if state is not None and state["names"] != names:
-        raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
-    tokenizer = Tokenizer(state["vocabulary"] if state else args.vocab or f"{args.data}/vocab.txt")
+    def build():
+        data = read_pretraining(args.data, args.sets, say)
+        names = data["names"]
+        if state is not None and state["names"] != names:
+            raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
+        tokenizer = Tokenizer(state["vocabulary"] if state else args.vocab or f"{args.data}/vocab.txt")
+        torch.manual_seed(args.seed)  # the same weights in each process
+        model = E2EVLP(state["config"] if state else config_of(args, tokenizer, names))
+        if state is not None:
+            model.load_state_dict(state["model"])
+        elif args.backbone_weights != "none":
+            model.backbone.load_weights(args.backbone_weights)
+        return data, decodable(data["val"][:args.val_pictures], say), tokenizer, model
+
+    data, val, tokenizer, model = attempt(build, world)
+    names, config = data["names"], model.config
     args.pad = tokenizer.pad
-    config = state["config"] if state else config_of(args, tokenizer, names)
-    torch.manual_seed(args.seed)  # the same weights in each process
-    model = E2EVLP(config)
-    if state is not None:
-        model.load_state_dict(state["model"])
-    elif args.backbone_weights != "none":
-        model.backbone.load_weights(args.backbone_weights)
     model.to(device)
     backbone = list(model.backbone.resnet.parameters())
     ours = {id(p) for p in backbone}
@@ -390,7 +415,6 @@ def train(args, state):
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
         collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
-    val = decodable(data["val"][:args.val_pictures], say)
     say(f"{len(data['train'])} pictures with {sum(len(p.sentences) for p in data['train'])} sentences to train on, "
         f"{len(val)} held out")
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
@@ -422,8 +446,8 @@ def train(args, state):
     def validate():
         if not val:
             return {}
-        measures = measure_with_blind(model, tokenizer, names, val, amp=args.amp == "bf16", rank=rank, world=world,
-                                      **size)
+        measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts, amp=args.amp == "bf16",
+                                      rank=rank, world=world, **size)
         write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
         model.train()
         return measures
@@ -438,13 +462,15 @@ def train(args, state):
         # 1. The step's parts, and what their losses are divided by, summed over parts and processes. The first
         #    process's clock travels with the sums, so that all agree on when the time is over.
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
-        broken.update(name for batch in micro for name in batch["broken"])
+        unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args) for batch in micro))]
-        *counts, spent, total_broken = summed(
-            [*local, before + time.time() - started if rank == 0 else 0.0, len(broken)], world, device)
-        if total_broken > args.max_broken:
-            raise InputError(f"{sorted(broken)[0] if broken else 'a picture'}: cannot be decoded, nor can "
-                             f"{int(total_broken) - 1} more (--max-broken {args.max_broken}); mend or remove them")
+        *counts, spent, new = summed(
+            [*local, before + time.time() - started if rank == 0 else 0.0, len(unknown)], world, device)
+        if new:  # by name, so that a picture that several processes met counts once
+            broken.update(*gathered(unknown, world))
+        if len(broken) > args.max_broken:
+            raise InputError(f"{sorted(broken)[0]}: cannot be decoded, nor can {len(broken) - 1} more "
+                             f"(--max-broken {args.max_broken}); mend or remove them")
 
         # 2. The learning rate: a function of the step and of how much of the training is done.
         progress = max(step / steps, spent / (args.minutes * 60) if args.minutes else 0.0)
@@ -491,7 +517,7 @@ def train(args, state):
                     "loss": sum(weights[k] * v for k, v in values.items()), **values,
                     "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[1]["lr"],
                     "grad_norm": float(norm), "pictures_per_second": seen / (time.time() - logged),
-                    "seconds": spent, "broken": int(total_broken)}
+                    "seconds": spent, "broken": len(broken)}
             write_log(line)
             bar.set_postfix(loss=f"{line['loss']:.2f}")
             if rank == 0 and bar.disable:

@@ -241,6 +241,18 @@ def test_one_picture_of_both_sets_and_no_test_picture(files):
                               "attributes": ["red", "large,big"]}
 
 
+def test_photographs_of_flickr30ks_test_split_are_known_by_their_address_too(files):
+    name = "coco/annotations/instances_train2017.json"
+    address = "http://farm9.staticflickr.com/8186/{}_4e622c8349_z.jpg"
+    files[name]["images"][0]["flickr_url"] = address.format(77)  # Flickr30k's test; 78 is its train
+    files[name]["images"][1]["flickr_url"] = address.format(78)
+    files["vg/image_data.json"][1]["flickr_id"] = 77             # vg 2 is coco 25
+    files.write()
+    say = Silent()
+    assert {p.name for p in read_pretraining(files.folder, say=say)["train"]} == {"vg 1", "vg 6"}
+    assert "1 pictures of train2017 are in Flickr30k's val or test split" in str(say)
+
+
 @pytest.mark.parametrize("sets,names", [(["coco"], {"coco 9", "coco 25"}), (["vg"], {"vg 1", "vg 2", "vg 6"})])
 def test_one_set_alone(files, sets, names):
     found = read_pretraining(files.folder, sets, Silent())
