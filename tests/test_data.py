@@ -381,7 +381,11 @@ def training_set(pictures, vocabulary, **settings):
 def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vocabulary):
     data = training_set(pictures, vocabulary, sentences_per_picture=2)
     tokenizer = data.tokenizer
-    asked, hidden, words = Counter(), Counter(), Counter()
+    asked, hidden, words, accidents = Counter(), Counter(), Counter(), 0
+    for index in range(16):
+        known = {s.lower() for s in pictures[index].sentences}
+        drawn = {data.other_sentence(index, random.Random(seed)) for seed in range(200)}
+        assert len(drawn) > 5 and not {s.lower() for s in drawn} & known
     for epoch in range(150):
         for index in range(16):
             item = data[epoch, index]
@@ -396,8 +400,9 @@ def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vo
                 if match:
                     assert any(fits)
                 else:
-                    assert not any(fits) and set(labels) == {-1}
-    assert asked[1] / sum(asked.values()) == pytest.approx(0.5, abs=0.02)
+                    assert set(labels) == {-1}
+                    accidents += any(fits)  # a random piece in another's sentence may make it one of this picture's
+    assert asked[1] / sum(asked.values()) == pytest.approx(0.5, abs=0.02) and accidents / asked[0] < 0.005
     # Were words hidden in matching sentences alone, ITM could be solved by looking for [MASK].
     assert hidden[0] / words[0] == pytest.approx(hidden[1] / words[1], abs=0.01) and hidden[0] > 0
 
