@@ -82,7 +82,8 @@ def parse(argv):
     g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
     g.add_argument("--sentences-per-picture", type=int, default=1, help="sentences that share one backbone pass")
     g.add_argument("--without-sentence", type=float, default=0.25, help="share of pictures detected without a sentence")
-    g.add_argument("--workers", type=int, default=4, help="loader processes for each training process")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+                   help="loader processes for each training process")
     g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
