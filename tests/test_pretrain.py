@@ -271,11 +271,9 @@ def fails(done, *says):
     (["--mini", "--batch-size", "0"], ["--batch-size 0: must be more than 0"]),
     (["--mini", "--width", "30"], ["--width 30: must be a multiple of 4"]),
     (["--mini", "--short-sides", "8"], ["--short-sides 8"]),
-    (["--device", "cuda:7"], ["--device cuda:7"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]),
 ], ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "")
 def test_bad_flags(command, flags, says):
-    if flags[0] == "--device" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     fails(command("pretrain.py", *flags), *says)
 
 
