@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
@@ -736,50 +737,69 @@ def collate(items, pad):
 
 
 class TaskSet(torch.utils.data.Dataset):
-    """Examples of a task of section 5.1 with pixels and word pieces. Items are asked for as (epoch, index)."""
+    """Examples of a task of section 5.1 with pixels and word pieces. Items are asked for as (epoch, index).
+
+    An item is a picture (NLVR2: two) with up to K questions about it, or K of its sentences drawn anew at each visit,
+    which share one pass of the backbone. With K = 1 an item is an example.
+    """
 
     def __init__(self, task, examples, tokenizer, answers=(), *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
-                 text="caption", seed=0):
+                 text="caption", sentences_per_picture=1, seed=0):
         """answers: VQA's list; text: "caption" or "none", which sentence detection is given."""
-        self.task, self.examples, self.tokenizer, self.seed, self.text = task, examples, tokenizer, seed, text
+        self.task, self.tokenizer, self.seed, self.text, self.K = task, tokenizer, seed, text, sentences_per_picture
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.number_of = {answer: i for i, answer in enumerate(answers)}
+        self.items = [[e] for e in examples]
+        if task == "vqa":
+            about = {}
+            for e in examples:
+                about.setdefault(e.files, []).append(e)
+            self.items = [asked[at:at + self.K] for asked in about.values() for at in range(0, len(asked), self.K)]
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.items)
 
     def __getitem__(self, key):
         epoch, index = key
         rng = random.Random(f"{self.seed} {self.task} {epoch} {index}")
-        images, index, broken = first_decodable(lambda i: self.examples[i].files, index, len(self.examples))
-        e = self.examples[index]
+        images, index, broken = first_decodable(lambda i: self.items[i][0].files, index, len(self))
+        item = self.items[index]
         images = [to_pixels(image, rng.choice(self.short_sides), self.long_side) for image in images]
-        sentence = e.text or (rng.choice(e.sentences) if e.sentences and self.text == "caption" else "")
-        target = e.target
+        texts = [e.text for e in item]
+        if item[0].sentences and self.text == "caption":
+            n = 1 if self.task == "detection" else min(self.K, len(item[0].sentences))
+            texts = rng.sample(item[0].sentences, n)
+        return {"images": images, "tokens": [self.tokenizer.encode(text) for text in texts],
+                "targets": [self.target(e) for e in item], "ids": [e.id for e in item], "broken": broken}
+
+    def target(self, e):
         if self.task == "vqa":
             target = torch.zeros(len(self.number_of))
             for answer, n in Counter(map(normalise_answer, e.answers)).items():
                 if answer in self.number_of:
                     target[self.number_of[answer]] = min(1.0, 0.3 * n)
-        elif self.task == "detection":
+            return target
+        if self.task == "detection":
             boxes, labels = e.target
-            target = {"source": "coco", "boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
-        return {"images": images, "tokens": self.tokenizer.encode(sentence), "target": target, "id": e.id,
-                "broken": broken}
+            return {"source": "coco", "boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        return e.target
 
 
 def collate_task(items, pad):
-    """Items of TaskSet -> a batch of B: images (B, 3, H, W), sizes (B, 2), for NLVR2 (2 B, ...), first all left ones,
-    then all right ones; tokens (B, T); targets: (B, answers) for VQA, (B,) for NLVR2, a list of B dicts for detection.
+    """Items of TaskSet -> a batch of B pictures with N questions or sentences: images (B, 3, H, W), sizes (B, 2), for
+    NLVR2 (2 B, ...), first all left ones, then all right ones; tokens (N, T); picture (N,): which of the B each is
+    about; targets: (N, answers) for VQA, (N,) for NLVR2, a list of B dicts for detection.
     """
     images, sizes = pad_pictures([image for side in zip(*(item["images"] for item in items)) for image in side])
-    targets = [item["target"] for item in items]
+    targets = [target for item in items for target in item["targets"]]
     if torch.is_tensor(targets[0]):
         targets = torch.stack(targets)
     elif isinstance(targets[0], int):
         targets = torch.tensor(targets)
-    return {"images": images, "sizes": sizes, "tokens": pad_tokens([[item["tokens"]] for item in items], pad)[:, 0],
-            "targets": targets, "ids": [item["id"] for item in items],
+    tokens = [tokens for item in items for tokens in item["tokens"]]
+    return {"images": images, "sizes": sizes, "tokens": pad_tokens([[t] for t in tokens], pad)[:, 0],
+            "picture": torch.tensor([n for n, item in enumerate(items) for _ in item["tokens"]]), "targets": targets,
+            "ids": [i for item in items for i in item["ids"]],
             "broken": [name for item in items for name in item["broken"]]}
 
 
@@ -821,3 +841,65 @@ class Batches(torch.utils.data.Sampler):
                     at = (part * self.world + self.rank) * size
                     yield [(epoch, index) for index in batch[at:at + size]]
             epoch, skip = epoch + 1, 0
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Processes: everything works with plain `python` too, where the rank is 0 of 1 and no collective is called
+
+
+def start_processes(device):
+    """Join torchrun's processes, if there are any: (rank, number of processes, this process's device)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device.startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    if world == 1:
+        return 0, 1, device
+    rank = int(os.environ["RANK"])
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, device
+
+
+def stop_processes(world):
+    """Wait for all, so that none is still writing when torchrun returns, and leave."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def summed(values, world, device):
+    """A list of numbers, summed over all processes."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def gathered(value, world):
+    """The values of all processes, a list in the order of their ranks; collective."""
+    values = [value]
+    if world > 1:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+    return values
+
+
+def attempt(function, world):
+    """Call a function in each process; if it raises InputError in any of them, raise that in all; collective.
+
+    A process that stopped alone would leave the others waiting for it until their time is over.
+    """
+    result = problem = None
+    try:
+        result = function()
+    except InputError as error:
+        # From a loader's worker comes a whole traceback as text; our own line stands at its end.
+        problem = str(error).rsplit("InputError: ", 1)[-1].strip()
+    for text in filter(None, gathered(problem, world)):
+        raise InputError(text)
+    return result

@@ -15,6 +15,8 @@ all of these attributes. Nothing else is parsed, so a sentence may have other fa
 
 import argparse
 import contextlib
+import glob
+import hashlib
 import io
 import json
 import math
@@ -34,7 +36,9 @@ from tqdm import tqdm
 from data import (
     InputError,
     Tokenizer,
+    attempt,
     decodable,
+    gathered,
     load_picture,
     mask_words,
     normalise_answer,
@@ -47,6 +51,8 @@ from data import (
     read_pretraining,
     read_vg,
     read_vqa,
+    start_processes,
+    stop_processes,
     to_pixels,
 )
 from matcher import hungarian_match
@@ -308,10 +314,8 @@ def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", bat
             for (pieces, _), facts in zip(model.generate(alone), map(phrases.facts, batch)):
                 if facts is not None:
                     tally["caption_objects"].append(phrases.all_true(facts, tokenizer.decode(pieces)))
-    if world > 1:
-        gathered = [None] * world
-        torch.distributed.all_gather_object(gathered, dict(tally))
-        tally = {name: [x for part in gathered for x in part.get(name, ())] for name in set().union(*gathered)}
+    shares = gathered(dict(tally), world)
+    tally = {name: [x for part in shares for x in part.get(name, ())] for name in set().union(*shares)}
     measures = {}
     for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP", "AP_no_sentence",
                  "attribute_accuracy", "caption_objects"):
@@ -796,12 +800,16 @@ def score_files(task, results, against, questions=None):
         raise InputError(f"task {task!r} is not known; give vqa, nlvr2, caption, flickr30k or detection")
     truth = _read_json(against)
     if task == "vqa":
-        records = _listed(against, truth, "annotations", {"question_id": int, "answer_type": str, "answers": RECORDS})
+        records = _listed(against, truth, "annotations", {"question_id": int, "answers": RECORDS})
         for r in records:
             _listed(f"{against}, question_id {r['question_id']}", r, "answers", {"answer": str})
+            if "answer_type" not in r:  # some copies leave it out: it goes by what most people said
+                most = Counter(normalise_answer(a["answer"]) for a in r["answers"]).most_common(1)[0][0]
+                r["answer_type"] = "yes/no" if most in ("yes", "no") else "number" if most.isdigit() else "other"
             if r["answer_type"] not in ANSWER_TYPES:
-                raise InputError(f"{against}: question_id {r['question_id']}: answer_type {r['answer_type'][:40]!r} is "
-                                 f"not one of {', '.join(ANSWER_TYPES)}; give VQA v2's annotations")
+                raise InputError(f"{against}: question_id {r['question_id']}: answer_type "
+                                 f"{str(r['answer_type'])[:40]!r} is not one of {', '.join(ANSWER_TYPES)}; give VQA "
+                                 "v2's annotations")
         wanted, asked = [r["question_id"] for r in records], None
         if questions is not None:
             asked = _listed(questions, _read_json(questions), "questions", {"question_id": int})
@@ -834,6 +842,7 @@ def score_files(task, results, against, questions=None):
 # The official scores that decide which checkpoint of a fine-tuning is the best
 BEST_BY = {"vqa": ("overall",), "nlvr2": ("accuracy",), "caption": ("CIDEr",), "flickr30k": ("IR@1", "TR@1"),
            "detection": ("AP",)}
+ZERO_SHOT = ("caption", "flickr30k", "detection")  # pre-training has trained all that these need
 
 
 def read_task(task, data, split, say=print):
@@ -847,32 +856,77 @@ def read_task(task, data, split, say=print):
     return read_karpathy(data, {"caption": "coco"}.get(task, task), split), []
 
 
-def answer_task(task, model, tokenizer, names, examples, *, rank=0, world=1, **settings):
-    """What the model says of each example, in their order; collective: each process does its share, all get all."""
-    found, problem = {}, None
-    try:
-        mine = range(rank, len(examples), world)
-        found = answer_share(task, model, tokenizer, names, examples, mine, show=rank == 0, **settings)
-    except InputError as error:  # a picture of this process's share; the others must hear of it
-        problem = str(error)
-    shares = [(found, problem)]
-    if world > 1:
-        shares = [None] * world
-        torch.distributed.all_gather_object(shares, (found, problem))
-    for _, text in shares:
-        if text is not None:
-            raise InputError(text)
-    found = {i: answer for part, _ in shares for i, answer in part.items()}
-    return [found[i] for i in range(len(examples))]
+def answer_task(task, model, tokenizer, names, examples, *, rank=0, world=1, rows=None, **settings):
+    """What the model says of each example, in their order; collective: each process does its share, all get all.
+
+    An answer goes by its example's number, so nothing is counted twice however the examples divide among the processes.
+    rows: retrieval's `Rows`, so that an evaluation that was cut short goes on where it stopped.
+    """
+    before = rows.read() if rows else {}
+    for part in gathered(before, world):
+        before.update(part)
+    groups = {}  # questions about the same picture together, so that its backbone runs once
+    for number, e in enumerate(examples):
+        if number not in before:
+            groups.setdefault(e.files, []).append(number)
+    share = list(groups.values())[rank::world]
+    found = attempt(lambda: answer_share(task, model, tokenizer, names, examples, share, show=rank == 0,
+                                         keep=rows.write if rows else None, **settings), world)
+    for part in gathered(found, world):
+        before.update(part)
+    return [before[number] for number in range(len(examples))]
+
+
+class Rows:
+    """Finished rows of retrieval's matrix on disk: one file a process, PATH.rows-RANK, to which rows are appended.
+
+    A file's first line says what the rows are of; then come records of a row's number and its scores. A record that
+    was cut off is dropped. Any number of processes may go on with what any number of processes left.
+    """
+
+    def __init__(self, path, rank, key, columns):
+        """key: a dictionary that two evaluations share only if their rows are the same."""
+        self.path, self.rank, self.head = path, rank, json.dumps(key).encode() + b"\n"
+        self.record = np.dtype([("number", "<i8"), ("scores", "<f4", (columns,))])
+
+    def files(self):
+        return sorted(glob.glob(glob.escape(f"{self.path}.rows-") + "*"))
+
+    def read(self):
+        """{number: scores} of all files; InputError if one is of something else."""
+        found = {}
+        for name in self.files():
+            with open(name, "rb") as file:
+                if file.readline() != self.head:
+                    raise InputError(f"{name}: has rows of another checkpoint, split or data; remove it, or give "
+                                     "another --submit")
+                content = file.read()
+            records = np.frombuffer(content[:len(content) // self.record.itemsize * self.record.itemsize], self.record)
+            found.update((int(r["number"]), r["scores"].copy()) for r in records)
+        return found
+
+    def write(self, number, scores):
+        name = f"{self.path}.rows-{self.rank}"
+        with open(name, "ab") as file:
+            if file.tell() == 0:
+                file.write(self.head)
+            cut_off = (file.tell() - len(self.head)) % self.record.itemsize
+            file.truncate(file.tell() - cut_off)
+            file.write(np.array((number, scores), self.record).tobytes())
+
+    def remove(self):
+        for name in self.files():
+            os.remove(name)
 
 
 @torch.no_grad()
-def answer_share(task, model, tokenizer, names, examples, mine, *, short, long, device="cpu", text="caption",
-                 batch_size=32, amp=False, blind=False, beam=4, alpha=0.9, show=True):
-    """What the model says of the examples with the numbers `mine`, {number: answer}:
+def answer_share(task, model, tokenizer, names, examples, groups, *, short, long, device="cpu", text="caption",
+                 batch_size=32, amp=False, blind=False, beam=4, alpha=0.9, show=True, keep=None):
+    """What the model says of examples, {number: answer}; groups: lists of numbers, those of a group on one picture:
 
     vqa: the answer; nlvr2: "True" or "False"; caption: the caption; detection: [(label, (x, y, w, h) in pixels,
-    score)]; flickr30k: (S,) float32, the picture's similarity to all sentences of all examples, in their order.
+    score)]; flickr30k: (S,) float32, the picture's similarity to all sentences of all examples, in their order; `keep`
+    is called with the number and the scores of each picture when it is done.
     """
     model.eval()
     mean = mean_picture([e.files[0] for e in examples[:500]]) if blind else None
@@ -880,35 +934,40 @@ def answer_share(task, model, tokenizer, names, examples, mine, *, short, long, 
     if task == "flickr30k":
         every = [tokenizer.encode(sentence) for e in examples for sentence in e.sentences]
         order = sorted(range(len(every)), key=lambda i: len(every[i]))  # like lengths together, so little is padded
-    for at in tqdm(range(0, len(mine), batch_size), task, disable=None if show else True, leave=False):
-        numbers = mine[at:at + batch_size]
-        batch = [examples[i] for i in numbers]
-        images = [picture_of(e.files[side], mean) for side in range(len(batch[0].files)) for e in batch]
+    for at in tqdm(range(0, len(groups), batch_size), task, disable=None if show else True, leave=False):
+        part = groups[at:at + batch_size]
+        numbers = [i for group in part for i in group]
+        sides = range(len(examples[numbers[0]].files))
+        images = [picture_of(examples[group[0]].files[side], mean) for side in sides for group in part]
         pixels, sizes = pad_pictures([to_pixels(image, short, long) for image in images])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_picture(pixels.to(device), sizes.to(device))
             if task == "flickr30k":
                 for j, i in enumerate(numbers):
                     row = torch.empty(len(every))
-                    for part in range(0, len(every), 256):  # the backbone ran once; each pair goes through the encoder
-                        chosen = order[part:part + 256]
+                    for start in range(0, len(every), 256):  # the backbone ran once; each pair goes through the encoder
+                        chosen = order[start:start + 256]
                         tokens = pad_tokens([[every[c]] for c in chosen], tokenizer.pad)[:, 0].to(device)
                         one = grid.rows(torch.full((len(chosen),), j, device=device))
                         row[chosen] = model.similarity(one, tokens).cpu()
                     found[i] = row.numpy()
+                    if keep:
+                        keep(i, found[i])
                 continue
             if task == "caption":
                 said = model.generate(model.encode(grid), beam=beam, alpha=alpha)
                 found.update((i, tokenizer.decode(pieces)) for i, (pieces, _) in zip(numbers, said))
                 continue
-            sentences = [e.text or (e.sentences[0] if e.sentences and text == "caption" else "") for e in batch]
+            asked = [examples[i] for i in numbers]
+            sentences = [e.text or (e.sentences[0] if e.sentences and text == "caption" else "") for e in asked]
             tokens = pad_tokens([[tokenizer.encode(s)] for s in sentences], tokenizer.pad)[:, 0].to(device)
+            picture = torch.tensor([j for j, group in enumerate(part) for _ in group], device=device)
             if task == "vqa":
-                best = model.answer_questions(grid, tokens).argmax(-1).tolist()
+                best = model.answer_questions(grid.rows(picture), tokens).argmax(-1).tolist()
                 found.update((i, names["answers"][a]) for i, a in zip(numbers, best))
             elif task == "nlvr2":
-                left, right = (grid.rows(torch.arange(len(batch), device=device) + n) for n in (0, len(batch)))
-                best = model.judge_statements(left, right, tokens).argmax(-1).tolist()
+                both = grid.rows(torch.cat([picture, picture + len(part)]))
+                best = model.judge_statements(both, tokens).argmax(-1).tolist()
                 found.update((i, str(bool(b))) for i, b in zip(numbers, best))
             else:
                 objects = model.detect(model.encode(grid, tokens if text == "caption" else None))
@@ -940,40 +999,51 @@ def caption_objects(captions, data):
     return sum(true) / len(true) if true else 0.0
 
 
-def evaluate_task(task, model, tokenizer, names, examples, data, split, objects=False, **settings):
-    """(results as the official files hold them, official scores or {} where the truth is not known).
+def results_of(task, said, examples, categories=()):
+    """What `answer_task` gave, as the official result files hold it. categories: COCO's ids of the classes."""
+    if task == "vqa":
+        return [{"question_id": e.id, "answer": answer} for e, answer in zip(examples, said)]
+    if task == "nlvr2":
+        return {e.id: answer for e, answer in zip(examples, said)}
+    if task == "caption":
+        return [{"image_id": e.id, "caption": caption} for e, caption in zip(examples, said)]
+    if task == "flickr30k":
+        return np.stack(said)
+    return [{"image_id": e.id, "category_id": categories[label], "bbox": [round(v, 2) for v in box],
+             "score": round(score, 5)} for e, boxes in zip(examples, said) for label, box, score in boxes]
+
+
+def coco_boxes(data, split):
+    """COCO's instances file and its categories' ids, in the order of the model's classes."""
+    truth = read_json(f"{data}/coco/annotations/instances_{split}2017.json", "COCO's boxes")
+    return truth, sorted(c["id"] for c in truth["categories"])
+
+
+def score_answers(task, said, examples, data, split, objects=False):
+    """The official scores of what `answer_task` gave, or {} where the truth is not known.
 
     objects: captions are also checked against Visual Genome's boxes, which takes minutes to read at full size.
     """
-    said = answer_task(task, model, tokenizer, names, examples, **settings)
     if task == "vqa":
-        results = [{"question_id": e.id, "answer": answer} for e, answer in zip(examples, said)]
         if not examples[0].answers:
-            return results, {}
+            return {}
         path = f"{data}/vqa/v2_mscoco_{split}2014_annotations.json"
-        asked = {e.id for e in examples}
-        annotations = [r for r in read_json(path, "scores")["annotations"] if r["question_id"] in asked]
-        return results, vqa_scores({e.id: answer for e, answer in zip(examples, said)}, annotations)
+        answers = {e.id: answer for e, answer in zip(examples, said)}
+        return vqa_scores(answers, [r for r in read_json(path, "scores")["annotations"] if r["question_id"] in answers])
     if task == "nlvr2":
-        results = {e.id: answer for e, answer in zip(examples, said)}
+        if examples[0].target is None:
+            return {}
         truth = [{"identifier": e.id, "label": str(bool(e.target))} for e in examples]
-        return results, nlvr2_scores(results, truth) if examples[0].target is not None else {}
+        return nlvr2_scores(results_of(task, said, examples), truth)
     if task == "caption":
         captions = {e.id: caption for e, caption in zip(examples, said)}
         scores = caption_scores(captions, {e.id: e.sentences for e in examples})
-        if objects:
-            scores["caption_objects"] = caption_objects(captions, data)
-        return [{"image_id": number, "caption": caption} for number, caption in captions.items()], scores
+        return {**scores, "caption_objects": caption_objects(captions, data)} if objects else scores
     if task == "flickr30k":
-        matrix = np.stack(said)
         owner = np.repeat(np.arange(len(examples)), [len(e.sentences) for e in examples])
-        return matrix, retrieval_scores(matrix, owner)
-    path = f"{data}/coco/annotations/instances_{split}2017.json"
-    truth = read_json(path, "COCO's boxes")
-    ids = sorted(c["id"] for c in truth["categories"])
-    results = [{"image_id": e.id, "category_id": ids[label], "bbox": [round(v, 2) for v in box],
-                "score": round(score, 5)} for e, boxes in zip(examples, said) for label, box, score in boxes]
-    return results, detection_scores(results, truth, [e.id for e in examples])
+        return retrieval_scores(np.stack(said), owner)
+    truth, ids = coco_boxes(data, split)
+    return detection_scores(results_of(task, said, examples, ids), truth, [e.id for e in examples])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1058,10 +1128,6 @@ def parse(argv):
     for flag in ("batch_size", "beam"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]})") from None
     if args.score:
         if not args.task or not args.against:
             raise InputError("--score: needs --task and --against, the official annotation file")
@@ -1086,62 +1152,107 @@ def write_results(path, task, results):
     os.replace(f"{path}.tmp", path)
 
 
-def run(args):
-    """{measure: value} of what the flags ask for; prints them and writes the files."""
+def run(args, rank=0, world=1):
+    """{measure: value} of what the flags ask for, and the files they name; collective."""
     if args.score:
         return score_files(args.task, args.score, args.against, args.questions)
-    state = load_checkpoint(args.checkpoint)
-    if "args" not in state:
-        raise InputError(f"--checkpoint {args.checkpoint}: not of a training run; give a run's last.pt or best.pt")
-    config, names = state["config"], state["names"]
-    if (args.task or "") != config.task:
-        is_it = f"fine-tuned for {config.task}" if config.task else "pre-trained, and fine-tuned for no task"
-        raise InputError(f"--task {args.task}: {args.checkpoint} is {is_it}; give "
-                         + (f"--task {config.task}" if config.task else "no --task to measure what it has learnt"))
-    tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
-    model = E2EVLP(config).to(args.device)
-    model.load_state_dict(state["model"])
-    size = {"short": max(state["args"]["short_sides"]), "long": state["args"]["long_side"], "device": args.device}
-    if config.task:
-        examples, categories = read_task(config.task, args.data, args.split)
-        if config.task == "detection" and categories != names["coco"]:
+
+    def build():
+        state = load_checkpoint(args.checkpoint)
+        if "args" not in state:
+            raise InputError(f"--checkpoint {args.checkpoint}: not of a training run; give a run's last.pt or best.pt")
+        task = state["config"].task
+        if args.task and task != args.task and (task or args.task not in ZERO_SHOT):
+            is_it = f"fine-tuned for {task}" if task else "pre-trained, and fine-tuned for no task"
+            raise InputError(f"--task {args.task}: {args.checkpoint} is {is_it}; give "
+                             + (f"--task {task}" if task else f"one of {', '.join(ZERO_SHOT)}, or no --task to measure "
+                                "what it has learnt"))
+        if task and not args.task:
+            raise InputError(f"--checkpoint {args.checkpoint}: is fine-tuned for {task}; give --task {task}")
+        if not args.task and (args.submit or args.blind or args.split != "val"):
+            raise InputError("--submit, --blind, --split: need a --task")
+        tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
+        model = E2EVLP(state["config"]).to(args.device)
+        model.load_state_dict(state["model"])
+        return state, tokenizer, model
+
+    state, tokenizer, model = attempt(build, world)
+    names = state["names"]
+    settings = {"short": max(state["args"]["short_sides"]), "long": state["args"]["long_side"], "device": args.device,
+                "amp": args.amp == "bf16", "batch_size": args.batch_size, "rank": rank, "world": world}
+    if args.task:
+        return run_task(args, model, tokenizer, names, {**settings, "beam": args.beam, "alpha": args.alpha, "blind":
+                        args.blind, "text": args.text or state["args"].get("text", "caption")})
+
+    def read():
+        data = read_pretraining(args.data, state["args"]["sets"])
+        if data["names"] != names:
+            raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
+        if not data["val"]:
+            raise InputError(f"--data {args.data}: no held-out picture with a sentence")
+        return decodable(data["val"][:args.examples or 1000])
+
+    pictures = attempt(read, world)
+    if args.sheet and rank == 0:
+        draw_sheet(args.sheet, model, tokenizer, names, pictures[:12], short=settings["short"], long=settings["long"],
+                   device=args.device)
+    return measure_with_blind(model, tokenizer, names, pictures, **settings)
+
+
+def run_task(args, model, tokenizer, names, settings):
+    """The official scores of a task's split; writes --submit. Collective."""
+    rank, world = settings["rank"], settings["world"]
+
+    def read():
+        examples, categories = read_task(args.task, args.data, args.split)
+        if args.task == "detection" and categories != names["coco"]:
             raise InputError(f"--data {args.data}: COCO's categories are not those of {args.checkpoint}")
-        results, scores = evaluate_task(
-            config.task, model, tokenizer, names, examples[:args.examples or None], args.data, args.split,
-            text=args.text or state["args"]["text"], batch_size=args.batch_size, blind=args.blind, beam=args.beam,
-            alpha=args.alpha, objects=args.objects, amp=args.amp == "bf16", **size)
+        rows, examples = None, examples[:args.examples or None]
+        if args.task == "flickr30k" and args.submit:
+            with open(args.checkpoint, "rb") as file:
+                key = {"checkpoint": hashlib.sha256(file.read()).hexdigest(), "blind": args.blind, "amp": args.amp,
+                       "pictures": hashlib.sha256(repr([(e.id, e.sentences) for e in examples]).encode()).hexdigest()}
+            rows = Rows(args.submit, rank, key, sum(len(e.sentences) for e in examples))
+            rows.read()
+        return examples, rows
+
+    examples, rows = attempt(read, world)
+    said = answer_task(args.task, model, tokenizer, names, examples, rows=rows, **settings)
+
+    def finish():
+        if rank:
+            return {}
         if args.submit:
-            write_results(args.submit, config.task, results)
-            print(f"{args.submit}: {len(results)} results")
-        return scores
-    if args.submit or args.blind or args.split != "val":
-        raise InputError(f"--submit, --blind, --split: are for fine-tuned models, and {args.checkpoint} is pre-trained")
-    data = read_pretraining(args.data, state["args"]["sets"])
-    if data["names"] != names:
-        raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
-    if not data["val"]:
-        raise InputError(f"--data {args.data}: no held-out picture with a sentence")
-    pictures = decodable(data["val"][:args.examples or 1000])
-    if args.sheet:
-        draw_sheet(args.sheet, model, tokenizer, names, pictures[:12], **size)
-    return measure_with_blind(model, tokenizer, names, pictures, batch_size=args.batch_size, amp=args.amp == "bf16",
-                              **size)
+            ids = coco_boxes(args.data, args.split)[1] if args.task == "detection" else ()
+            write_results(args.submit, args.task, results_of(args.task, said, examples, ids))
+            print(f"{args.submit}: {len(examples)} {'pictures' if examples[0].sentences else 'answers'}")
+            if rows:
+                rows.remove()
+        return score_answers(args.task, said, examples, args.data, args.split, args.objects)
+
+    return attempt(finish, world)
 
 
 def main(argv=None):
     try:
         args = parse(argv)
-        scores = run(args)
-        for name, value in scores.items():
-            if name.startswith("val_"):
-                print(f"{name[4:]:24} {value:.3f}   blind {scores['blind_' + name[4:]]:.3f}")
-            elif not name.startswith("blind_"):
-                print(f"{name:24} {value:.3f}")
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(scores, file, indent=1)
+        rank, world = 0, 1
+        if not args.score:
+            rank, world, args.device = start_processes(args.device)
+        scores = run(args, rank, world)
+        if rank == 0:
+            for name, value in scores.items():
+                if name.startswith("val_"):
+                    print(f"{name[4:]:24} {value:.3f}   blind {scores['blind_' + name[4:]]:.3f}")
+                elif not name.startswith("blind_"):
+                    print(f"{name:24} {value:.3f}")
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump(scores, file, indent=1)
+        stop_processes(world)
     except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     return 0
 

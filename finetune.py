@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -37,11 +38,16 @@ from data import (
     InputError,
     TaskSet,
     Tokenizer,
+    attempt,
     collate_task,
     common_answers,
+    gathered,
     read_json,
+    start_processes,
+    stop_processes,
+    summed,
 )
-from evaluate import BEST_BY, evaluate_task, read_task
+from evaluate import BEST_BY, answer_task, read_task, score_answers
 from matcher import LOSS_WEIGHTS as SET_WEIGHTS
 from matcher import count, set_loss
 from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
@@ -49,16 +55,11 @@ from pretrain import (
     MINI_MODEL,
     MODEL_FLAGS,
     add_model_flags,
-    attempt,
     check_flags,
     check_output,
     clear_output,
     config_of,
     divide_batch,
-    gathered,
-    start_processes,
-    stop_processes,
-    summed,
     to_device,
 )
 
@@ -90,14 +91,16 @@ def parse(argv):
     g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
     g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), help="scale augmentation, pixels")
     g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
+    g.add_argument("--sentences-per-picture", type=int, default=1,
+                   help="VQA, captioning, retrieval: questions or sentences that share one backbone pass")
     g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
                    help="loader processes for each training process")
     g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
-    g.add_argument("--batch-size", type=int, help="examples a step, over all processes (default: the task's)")
+    g.add_argument("--batch-size", type=int, help="pictures a step, over all processes (default: the task's)")
     g.add_argument("--micro-batch", type=int, default=0,
-                   help="examples a process holds at once; a larger share is accumulated (0: the whole share)")
+                   help="pictures a process holds at once; a larger share is accumulated (0: the whole share)")
     g.add_argument("--epochs", type=float, help="passes over the training examples (default: the task's)")
     g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
     g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
@@ -160,10 +163,10 @@ def circle_loss(right, wrong, margin=0.25, gamma=32.0):
     return F.softplus(push + pull)
 
 
-def other_rows(B, n, generator):
-    """(B, n) int64: for each of B rows n different other rows."""
-    shifts = torch.stack([torch.randperm(B - 1, generator=generator)[:n] + 1 for _ in range(B)])
-    return (torch.arange(B)[:, None] + shifts) % B
+def draw_others(own, candidates, n, generator):
+    """(N, n) int64: for each of `own` (N,) n different places in `candidates` (M,) that do not hold the same number."""
+    chance = torch.rand(len(own), len(candidates), generator=generator)
+    return chance.masked_fill(own[:, None] == candidates, -1).topk(n).indices
 
 
 class Objective(nn.Module):
@@ -179,30 +182,26 @@ class Objective(nn.Module):
         Returns the named losses, each divided by its count; their weighted sum over all processes is the loss.
         """
         model, args, tokens, targets = self.model, self.args, batch["tokens"], batch["targets"]
-        grid = model.encode_picture(batch["images"], batch["sizes"])
+        grid, picture = model.encode_picture(batch["images"], batch["sizes"]), batch["picture"]
         if args.task == "vqa":
-            logits = model.answer_questions(grid, tokens).float()
+            logits = model.answer_questions(grid.rows(picture), tokens).float()
             return {"loss_vqa": F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / counts[0]}
         if args.task == "nlvr2":
-            B = len(tokens)
-            left, right = (grid.rows(torch.arange(at, at + B, device=tokens.device)) for at in (0, B))
-            logits = model.judge_statements(left, right, tokens).float()
+            logits = model.judge_statements(grid, tokens).float()
             return {"loss_nlvr2": F.cross_entropy(logits, targets, reduction="sum") / counts[0]}
         if args.task == "caption":
-            logits = model.decode_caption(model.encode(grid), tokens[:, :-1]).float()
+            logits = model.decode_caption(model.encode(grid).rows(picture), tokens[:, :-1]).float()
             return {"loss_caption": F.cross_entropy(
                 logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=model.config.pad, reduction="sum",
                 label_smoothing=args.label_smoothing) / counts[0]}
         if args.task == "flickr30k":
-            B, n = len(tokens), args.negatives
-            # Each picture with its own sentence, with n other sentences, and each sentence with n other pictures
-            others = [batch["others"][side] for side in (0, 1)]
-            own = torch.arange(B, device=tokens.device)
-            repeated = own[:, None].expand(B, n)
-            pictures = torch.cat([own, repeated.flatten(), others[1].flatten()])
-            sentences = torch.cat([own, others[0].flatten(), repeated.flatten()])
-            right, *wrong = model.similarity(grid.rows(pictures), tokens[sentences]).split([B, B * n, B * n])
-            both = sum(circle_loss(right, w.view(B, n), args.margin, args.gamma).sum() for w in wrong)
+            # Each sentence with its own picture, with n other pictures, and its picture with n other sentences
+            N, n = len(tokens), args.negatives
+            repeated = torch.arange(N, device=tokens.device).repeat_interleave(n)
+            pictures = torch.cat([picture, batch["other_pictures"].flatten(), picture[repeated]])
+            sentences = torch.cat([repeated[::n], repeated, batch["other_sentences"].flatten()])
+            right, *wrong = model.similarity(grid.rows(pictures), tokens[sentences]).split([N, N * n, N * n])
+            both = sum(circle_loss(right, w.view(N, n), args.margin, args.gamma).sum() for w in wrong)
             return {"loss_flickr30k": both / (2 * counts[0])}
         objects = model.detect(model.encode(grid, tokens if args.text == "caption" else None))
         objects["logits"] = {"coco": objects["logits"]["coco"]}
@@ -245,6 +244,10 @@ def build(args, state, answers, categories, say):
             raise InputError(f"{name} {value}: {args.init}{has}; leave the flag away, or give --init none")
     if config.task not in ("", args.task):
         raise InputError(f"--init {args.init}: fine-tuned for {config.task}; give a pre-trained checkpoint")
+    if config.task == "vqa" and state["names"]["answers"] != answers:
+        source = f"--answers {args.answers}" if args.answers else f"--data {args.data}"
+        raise InputError(f"{source}: {len(answers)} answers, but not the {config.answers} of {args.init}; give its "
+                         "list, or a pre-trained --init")
     if args.task == "detection" and state["names"]["coco"] != categories:
         raise InputError(f"--data {args.data}: COCO's categories are not those of {args.init}")
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
@@ -285,6 +288,9 @@ def train(args, state):
             answers = read_answers(args.answers) if args.answers else common_answers(examples + val)
             if not answers:
                 raise InputError(f"{args.data}/vqa: no answer was given to 9 questions; give --answers FILE")
+        for e in examples + val if args.task == "nlvr2" else ():
+            if e.target is None:
+                raise InputError(f"--data {args.data}: {e.id} of NLVR2 has no label, which training needs")
         return examples, val[:args.val_examples or None], answers, *build(args, state, answers, categories, say)
 
     examples, val, answers, model, tokenizer, names = attempt(prepare, world)
@@ -305,8 +311,8 @@ def train(args, state):
         objective = DistributedDataParallel(objective)
 
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
-                       text=args.text, seed=args.seed)
-    batches = Batches([(1, 1)] * len(examples), args.batch_size, parts=parts, rank=rank, world=world,
+                       text=args.text, sentences_per_picture=args.sentences_per_picture, seed=args.seed)
+    batches = Batches([(1, 1)] * len(trainset), args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
@@ -316,7 +322,7 @@ def train(args, state):
         + (f", {len(answers)} answers" if answers else ""))
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers, "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters in training")
-    say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} examples; {steps} steps"
+    say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures; {steps} steps"
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
 
     if rank == 0:
@@ -336,13 +342,11 @@ def train(args, state):
             save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
                             scores=scores)
 
-    def validate():
+    def score(said):
+        return score_answers(args.task, said, val, args.data, "val", args.objects)
+
+    def keep(scores):
         nonlocal best
-        save("last.pt", {})  # first of all: whatever goes wrong below, the training is not lost
-        _, scores = evaluate_task(args.task, model, tokenizer, names, val, args.data, "val",
-                                  short=max(args.short_sides), long=args.long_side, device=device, text=args.text,
-                                  objects=args.objects, batch_size=share // parts, amp=args.amp == "bf16", rank=rank,
-                                  world=world)
         write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()}})
         say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         mark = sum(scores[k] for k in BEST_BY[args.task])
@@ -350,8 +354,21 @@ def train(args, state):
             best = mark
             save("best.pt", scores)
         save("last.pt", scores)
+
+    def validate():
+        save("last.pt", {})  # first of all: whatever goes wrong below, the training is not lost
+        said = answer_task(args.task, model, tokenizer, names, val, short=max(args.short_sides), long=args.long_side,
+                           device=device, text=args.text, batch_size=share // parts, amp=args.amp == "bf16", rank=rank,
+                           world=world)
+        attempt(lambda: rank == 0 and keep(score(said)), world)
         model.train()
-        return scores
+
+    if args.task in ("vqa", "nlvr2") and rank == 0:  # what needs no model at all, to compare with
+        habit = Counter(e.target for e in examples).most_common(1)[0][0]
+        answer = {"vqa": str(habit), "nlvr2": str(bool(habit))}[args.task]
+        scores = score([answer] * len(val))
+        say(f"always {answer!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        write_log({"step": 0, "epoch": 0, **{f"habit_{k}": v for k, v in scores.items()}})
 
     generator = torch.Generator().manual_seed(args.seed + rank)
     model.train()
@@ -362,8 +379,9 @@ def train(args, state):
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args, config) for batch in micro))]
-        *counts, spent, new = summed(
-            [*local, time.time() - started if rank == 0 else 0.0, len(unknown)], world, device)
+        *counts, examples_here, spent, new = summed(
+            [*local, sum(len(batch["tokens"]) for batch in micro), time.time() - started if rank == 0 else 0.0,
+             len(unknown)], world, device)
         if new:
             broken.update(*gathered(unknown, world))
         if len(broken) > args.max_broken:
@@ -377,9 +395,11 @@ def train(args, state):
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
         sums = {}
         for number, batch in enumerate(micro):
-            if args.task == "flickr30k":
-                batch["others"] = torch.stack([other_rows(len(batch["tokens"]), args.negatives, generator)
-                                               for _ in range(2)])
+            if args.task == "flickr30k":  # never one's own, also where a picture stands in the batch twice
+                pictures = torch.tensor([batch["ids"].index(i) for i in batch["ids"]])
+                own = pictures[batch["picture"]]
+                batch["other_pictures"] = draw_others(own, pictures, args.negatives, generator)
+                batch["other_sentences"] = draw_others(own, own, args.negatives, generator)
             with objective.no_sync() if world > 1 and number < parts - 1 else torch.enable_grad():
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp == "bf16"):
                     named = objective(to_device(batch, device), counts)
@@ -394,7 +414,7 @@ def train(args, state):
                              "try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + args.batch_size
+        step, seen = step + 1, seen + examples_here
         bar.update()
         done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
 

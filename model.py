@@ -488,10 +488,13 @@ class E2EVLP(nn.Module):
         """VQA: logits (B, answers); several answers may be right, so each has its own sigmoid."""
         return self.answer(self.encode(grid, tokens).states[:, 0])
 
-    def judge_statements(self, left, right, tokens):
-        """NLVR2: two sequences, one for each picture, same weights; logits (B, 2) from both [CLS], 1 = true."""
-        states = [self.encode(grid, tokens).states[:, 0] for grid in (left, right)]
-        return self.pair(torch.cat(states, dim=-1))
+    def judge_statements(self, grid, tokens):
+        """NLVR2: logits (B, 2), 1 = true. grid: 2 B pictures, first each statement's left one, then the right ones.
+
+        Each statement is read with one picture at a time, by the same weights; both [CLS] together decide.
+        """
+        states = self.encode(grid, tokens.repeat(2, 1)).states[:, 0]  # (2 B, D)
+        return self.pair(torch.cat(states.chunk(2), dim=-1))
 
     def similarity(self, grid, tokens):
         """Retrieval: (B,) in 0..1, the ITM head's probability that each sentence belongs to its picture.

@@ -19,7 +19,6 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -32,9 +31,14 @@ from data import (
     InputError,
     PretrainingSet,
     Tokenizer,
+    attempt,
     collate,
     decodable,
+    gathered,
     read_pretraining,
+    start_processes,
+    stop_processes,
+    summed,
 )
 from evaluate import draw_sheet, measure_with_blind
 from matcher import LOSS_WEIGHTS, count, set_loss
@@ -178,65 +182,7 @@ def mini_preset(parser):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Processes: everything works with plain `python` too, where the rank is 0 of 1 and no collective is called
-
-
-def start_processes(device):
-    """Join torchrun's processes, if there are any: (rank, number of processes, this process's device)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and device.startswith("cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    if world == 1:
-        return 0, 1, device
-    rank = int(os.environ["RANK"])
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, device
-
-
-def stop_processes(world):
-    """Wait for all, so that none is still writing when torchrun returns, and leave."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def summed(values, world, device):
-    """A list of numbers, summed over all processes."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def gathered(value, world):
-    """The values of all processes, a list in the order of their ranks; collective."""
-    values = [value]
-    if world > 1:
-        values = [None] * world
-        dist.all_gather_object(values, value)
-    return values
-
-
-def attempt(function, world):
-    """Call a function in each process; if it raises InputError in any of them, raise that in all; collective.
-
-    A process that stopped alone would leave the others waiting for it until their time is over.
-    """
-    result = problem = None
-    try:
-        result = function()
-    except InputError as error:
-        # From a loader's worker comes a whole traceback as text; our own line stands at its end.
-        problem = str(error).rsplit("InputError: ", 1)[-1].strip()
-    for text in filter(None, gathered(problem, world)):
-        raise InputError(text)
-    return result
+# The batch and the output folder
 
 
 def divide_batch(args, world):

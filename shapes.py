@@ -280,72 +280,89 @@ def draw_telling_scenes(rng, n, test):
 # Questions and statements
 
 
-def question(rng, canvas, things, kind, yes):
-    """(question, its type as VQA names it, answer, wrong answers) or None if this kind cannot be asked here."""
+def question(rng, canvas, things, kind):
+    """(question, its type as VQA names it, a function from a picture's things to the answer, all answers there are), or
+    None if what was drawn cannot be asked about this picture.
+    """
     t = rng.choice(things)
-    if kind == "yes/no":
-        traits = some_traits(rng, t)
-        b = rng.choice(things)
-        if b is not t and relations(t, b) and rng.random() < 0.4:
-            other, relation = some_traits(rng, b), rng.choice(relations(t, b))
-            relation = relation if yes else OPPOSITE[relation]
-            if related(things, traits, relation, other) != yes:
-                return None
-            return f"Is there a {phrase(traits)} {relation} a {phrase(other)}?", "is there a", *(
-                ("yes", ["no"]) if yes else ("no", ["yes"]))
-        if not yes:  # one word exchanged, so that it is false
-            k = rng.choice(sorted(traits))
-            traits[k] = rng.choice({"size": tuple(SIZES), "colour": tuple(COLOURS), "fill": FILLS, "kind": KINDS}[k])
-            if count_of(things, traits):
-                return None
-        return f"Is there a {phrase(traits)}?", "is there a", *(("yes", ["no"]) if yes else ("no", ["yes"]))
     traits = some_traits(rng, t)
+    if kind == "is there":
+        return (f"Is there a {phrase(traits)}?", "is there a",
+                lambda others: "yes" if count_of(others, traits) else "no", ("yes", "no"))
+    if kind == "relation":
+        b = rng.choice(things)
+        if b is t or not relations(t, b):
+            return None
+        other, relation = some_traits(rng, b), rng.choice(relations(t, b))
+        if related(things, traits, OPPOSITE[relation], other):
+            return None
+        # The true relation or its opposite: both phrases are as likely to stand in a question
+        relation = rng.choice((relation, OPPOSITE[relation]))
+        return (f"Is there a {phrase(traits)} {relation} a {phrase(other)}?", "is there a",
+                lambda others: "yes" if related(others, traits, relation, other) else "no", ("yes", "no"))
     if kind == "count":
-        if rng.random() < 0.3:  # perhaps none of them
-            traits["colour"] = rng.choice(tuple(COLOURS))
-        if rng.random() < 0.3:
-            del traits["kind"]
-        number = count_of(things, traits)
-        near = [str(i) for i in range(max(0, number - 1), min(6, number + 1) + 1) if i != number]
-        return f"How many {phrase(traits, plural=True)} are there?", "how many", str(number), near
-    asked = {"color": "colour", "shape": "kind"}.get(kind)
-    traits.pop(asked, None)
+        for k in ("size", "fill", "kind"):  # few words, so that there can be many of them
+            if len(traits) > 1 and rng.random() < 0.6:
+                traits.pop(k, None)
+        return (f"How many {phrase(traits, plural=True)} are there?", "how many",
+                lambda others: str(count_of(others, traits)), tuple("0123456"))
+    traits.pop({"color": "colour", "shape": "kind"}.get(kind), None)
     if count_of(things, traits) != 1:  # "the" needs exactly one
         return None
     if kind == "color":
-        return (f"What color is the {phrase(traits)}?", "what color is the", t.colour,
-                [c for c in COLOURS if c != t.colour])
+        return f"What color is the {phrase(traits)}?", "what color is the", lambda _: t.colour, tuple(COLOURS)
     if kind == "shape":
-        return f"What is the {phrase(traits)}?", "what is the", t.kind, [k for k in KINDS if k != t.kind]
+        return f"What is the {phrase(traits)}?", "what is the", lambda _: t.kind, KINDS
     x, y = 2 * t.x + t.side - canvas[1], 2 * t.y + t.side - canvas[0]
     if min(abs(x), abs(y)) < 8:  # too near to the middle to say
         return None
     answer = f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
-    return (f"Where is the {phrase(traits)}?", "where is the", answer,
-            [w for w in ("top left", "top right", "bottom left", "bottom right") if w != answer])
+    return (f"Where is the {phrase(traits)}?", "where is the", lambda _: answer,
+            ("top left", "top right", "bottom left", "bottom right"))
 
 
-def ask(rng, number, image_id, canvas, things):
-    """Four questions about a picture and, in VQA's format, what ten people answered: (questions, annotations)."""
+def ask(rng, pictures):
+    """Four questions about each picture and, in VQA's format, what ten people answered: (questions, annotations).
+
+    As in VQA v2, a question whether or how many there are is asked about two pictures that answer it differently, so
+    that its words do not give the answer away. Where no second picture is found, a picture may have fewer than four.
+    """
+    asked = [{} for _ in pictures]  # of each picture: question -> (type, answer, all answers there are)
+    free = list(range(len(pictures)))  # the pictures that can have more questions
+    for i, (_, canvas, things, _) in enumerate(pictures):
+        for _ in range(200):
+            if len(asked[i]) == 4:
+                break
+            kind = rng.choice(("is there", "relation", "count", "color", "color", "shape", "shape", "where"))
+            found = question(rng, canvas, things, kind)
+            if found is None or found[0] in asked[i]:
+                continue
+            text, prefix, answer, possible = found
+            here = [(i, answer(things))]
+            if kind in ("is there", "count"):
+                other = rng.choice([p for p in possible[:4] if p != here[0][1]])
+                drawn = (rng.choice(free) for _ in range(60))
+                here += [(j, other) for j in drawn if len(asked[j]) < 4 and text not in asked[j] and j != i
+                         and answer(pictures[j][2]) == other][:1]
+                if len(here) < 2:
+                    continue
+            for j, said in here:
+                asked[j][text] = (prefix, said, possible)
+        free = [j for j in free if len(asked[j]) < 4] if i % 50 == 0 else free
     questions, annotations = [], []
-    while len(questions) < 4:
-        kind = rng.choice(("yes/no", "yes/no", "count", "color", "shape", "where"))
-        # Several tries for one kind: "no" is harder to find than "yes" and would come less often otherwise.
-        tries = (question(rng, canvas, things, kind, (number + len(questions)) % 2 == 0) for _ in range(20))
-        found = next((f for f in tries if f and all(f[0] != q["question"] for q in questions)), None)
-        if found is None:
-            continue
-        text, prefix, answer, wrong = found
-        answers = [answer] * 10
-        for i in range(rng.choice((0, 0, 1, 1, 2, 3, 4))):  # some people are wrong
-            answers[i] = rng.choice(wrong)
-        rng.shuffle(answers)
-        key = {"image_id": image_id, "question_id": image_id * 1000 + len(questions)}
-        questions.append({**key, "question": text})
-        annotations.append({**key, "question_type": prefix, "multiple_choice_answer": answer,
-                            "answer_type": {"yes/no": "yes/no", "count": "number"}.get(kind, "other"),
-                            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1}
-                                        for i, a in enumerate(answers)]})
+    for (image_id, *_), about in zip(pictures, asked):
+        for n, (text, (prefix, answer, possible)) in enumerate(sorted(about.items(), key=lambda _: rng.random())):
+            answers = [answer] * 10
+            for i in range(rng.choice((0, 0, 0, 0, 1, 2))):  # few people are wrong, and not by much
+                wrong = [p for p in possible if p != answer and (prefix != "how many" or abs(int(p) - int(answer)) < 2)]
+                answers[i] = rng.choice(wrong)
+            rng.shuffle(answers)
+            key = {"image_id": image_id, "question_id": image_id * 1000 + n}
+            questions.append({**key, "question": text})
+            annotations.append({**key, "question_type": prefix, "multiple_choice_answer": answer,
+                                "answer_type": {"is there a": "yes/no", "how many": "number"}.get(prefix, "other"),
+                                "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1}
+                                            for i, a in enumerate(answers)]})
     return questions, annotations
 
 
@@ -524,13 +541,11 @@ def write_vqa(w, seed, coco, test):
         canvas, things = draw_scene(rng, held=i % 2 == 0)
         tests.append((800011 + 7 * i, canvas, things, None))
         w.file(f"coco/test2015/COCO_test2015_{800011 + 7 * i:012d}.jpg", draw(rng, canvas, things))
-    for split, pictures in (("train2014", coco["train"]), ("val2014", coco["val"]), ("test2015", tests),
-                            ("test-dev2015", tests[:test // 2])):
-        questions, annotations = [], []
-        for i, (number, canvas, things, _) in enumerate(pictures):
-            asked, answered = ask(random.Random(f"{seed} vqa {number}"), i, number, canvas, things)
-            questions += asked
-            annotations += answered
+    asked = {split: ask(random.Random(f"{seed} vqa {split}"), pictures) for split, pictures in (
+        ("train2014", coco["train"]), ("val2014", coco["val"]), ("test2015", tests))}
+    first = {number for number, *_ in tests[:test // 2]}
+    asked["test-dev2015"] = [q for q in asked["test2015"][0] if q["image_id"] in first], []
+    for split, (questions, annotations) in asked.items():
         w.heard([q["question"] for q in questions] + [a["multiple_choice_answer"] for a in annotations])
         head = {"info": {"description": "miniature world", "version": "2.0"}, "data_type": "mscoco",
                 "license": {}, "data_subtype": split}

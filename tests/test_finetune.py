@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, small_model
 
+import evaluate
 import finetune
-from data import common_answers, read_karpathy, read_nlvr2, read_vqa
+from data import TaskSet, Tokenizer, collate_task, common_answers, read_karpathy, read_nlvr2, read_vqa
 from model import TASKS, load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -56,6 +57,8 @@ def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_pat
     folder, said = tuned(task)
     with open(f"{folder}/log.jsonl") as file:
         *steps, val = map(json.loads, file)
+    if task in ("vqa", "nlvr2"):
+        assert f"habit_{'overall' if task == 'vqa' else 'accuracy'}" in steps.pop(0)
     assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
     scores = {k[4:]: v for k, v in val.items() if k.startswith("val_")}
     assert set(scores) == KEYS[task]
@@ -82,6 +85,57 @@ def test_results_for_a_test_split_need_no_labels(tuned, world, tmp_path):
     with open(f"{world}/vqa/v2_OpenEnded_mscoco_test2015_questions.json") as file:
         assert [r["question_id"] for r in results] == [q["question_id"] for q in json.load(file)["questions"]]
     assert all(isinstance(r["answer"], str) for r in results)
+
+
+def test_retrieval_goes_on_where_it_was_cut_short(tuned, world, tmp_path, capsys):
+    checkpoint, whole = f"{tuned('flickr30k')[0]}/best.pt", str(tmp_path / "whole.npy")
+    words = ["--task", "flickr30k", "--checkpoint", checkpoint, "--data", world, "--submit"]
+    kept, write = {}, evaluate.Rows.write
+
+    def cut_short(self, number, scores):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        kept[number] = scores
+        write(self, number, scores)
+
+    assert evaluate.main([*words, whole]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.Rows, "write", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main([*words, str(tmp_path / "again.npy")])
+    with open(tmp_path / "again.npy.rows-0", "ab") as file:
+        file.write(b"cut off")
+    assert not os.path.exists(tmp_path / "again.npy")
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.Rows, "write", lambda self, number, scores: (
+            done.append(number), write(self, number, scores)))
+        assert evaluate.main([*words, str(tmp_path / "again.npy")]) == 0
+    assert sorted([*done, *kept]) == list(range(8))
+    np.testing.assert_allclose(np.load(whole), np.load(tmp_path / "again.npy"), atol=1e-5)
+    assert sorted(os.listdir(tmp_path)) == ["again.npy", "whole.npy"]
+    (tmp_path / "other.npy.rows-0").write_bytes(b"{}\n")
+    assert evaluate.main([*words, str(tmp_path / "other.npy")]) == 2
+    assert "other.npy.rows-0: has rows of another checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ("vqa", "flickr30k"))
+def test_evaluation_on_two_processes_is_that_on_one(task, tuned, world, tmp_path):
+    words = ["--task", task, "--checkpoint", f"{tuned(task)[0]}/best.pt", "--data", world]
+    for name, launch in (("one", ()), ("two", TORCHRUN)):
+        run("evaluate.py", *words, "--submit", tmp_path / name, "--json", tmp_path / f"{name}.json", launch=launch)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one == two and set(one) == KEYS[task]
+    if task == "flickr30k":
+        np.testing.assert_allclose(np.load(tmp_path / "one"), np.load(tmp_path / "two"), atol=1e-6)
+    else:
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize("task", ("flickr30k", "caption", "detection"))
+def test_what_pretraining_alone_can_do(task, pretrained, world, tmp_path):
+    run("evaluate.py", "--task", task, "--checkpoint", pretrained, "--data", world, "--json", tmp_path / "scores.json")
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == KEYS[task] - {"caption_objects"}
 
 
 def test_several_processes_score_as_one(tuned, world, pretrained, tmp_path):
@@ -129,10 +183,53 @@ def test_smoothed_loss_is_a_mixture_with_the_uniform():
     torch.testing.assert_close(found, expected)
 
 
-def test_others_are_different_rows():
-    rows = finetune.other_rows(5, 4, torch.Generator().manual_seed(0))
-    for b, row in enumerate(rows.tolist()):
-        assert sorted([b, *row]) == list(range(5))
+def test_others_are_never_of_the_same_picture():
+    own, candidates = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 0, 3, 4])  # the third stands for the first again
+    for seed in range(20):
+        rows = finetune.draw_others(own, candidates, 2, torch.Generator().manual_seed(seed))
+        for mine, row in zip(own.tolist(), rows.tolist()):
+            assert len(set(row)) == 2 and mine not in candidates[row].tolist()
+
+
+def a_batch(task, world, K, n=4):
+    """(model, arguments, a batch of n pictures with up to K sentences or questions each) of the small world."""
+    args = finetune.parse(["--task", task, "--init", "none", "--negatives", "2"])[0]
+    args.short_sides = [64]
+    tokenizer = Tokenizer(f"{world}/vocab.txt")
+    examples = read_vqa(world, "train") if task == "vqa" else read_karpathy(world, "flickr30k", "train")
+    answers = common_answers(examples) if task == "vqa" else []
+    model = small_model(vocabulary=len(tokenizer), max_tokens=40, task=task, answers=len(answers), cls=tokenizer.cls,
+                        pad=tokenizer.pad, sep=tokenizer.sep, mask=tokenizer.mask)
+    trainset = TaskSet(task, examples, tokenizer, answers, short_sides=[64], long_side=96, sentences_per_picture=K)
+    return model, args, collate_task([trainset[0, i] for i in range(n)], tokenizer.pad)
+
+
+def test_questions_that_share_a_picture_are_learnt_as_if_alone(world):
+    model, args, together = a_batch("vqa", world, 4, n=1)
+    _, _, alone = a_batch("vqa", world, 1, n=4)
+    assert len(together["images"]) == 1 and len(alone["images"]) == 4 and together["ids"] == alone["ids"]
+    losses = [finetune.Objective(model, args)(batch, [4])["loss_vqa"] for batch in (together, alone)]
+    torch.testing.assert_close(*losses)
+
+
+def test_retrieval_loss_equals_a_loop_over_its_pairs(world):
+    model, args, batch = a_batch("flickr30k", world, 3)
+    own = batch["picture"]
+    assert own.tolist() == [p for p in range(4) for _ in range(3)]
+    batch["other_pictures"] = finetune.draw_others(own, torch.arange(4), 2, torch.Generator().manual_seed(0))
+    batch["other_sentences"] = finetune.draw_others(own, own, 2, torch.Generator().manual_seed(1))
+    found = finetune.Objective(model, args)(batch, [12])["loss_flickr30k"]
+    grid, total = model.encode_picture(batch["images"], batch["sizes"]), 0
+
+    def score(picture, sentence):
+        return model.similarity(grid.rows(torch.tensor([picture])), batch["tokens"][sentence:sentence + 1])
+
+    for s in range(12):
+        right = score(own[s], s)
+        for wrong in ([score(p, s) for p in batch["other_pictures"][s]],
+                      [score(own[s], o) for o in batch["other_sentences"][s].tolist()]):
+            total = total + finetune.circle_loss(right, torch.stack(wrong, 1)) / 24
+    torch.testing.assert_close(found, total[0])
 
 
 def test_the_papers_schedule():
@@ -179,6 +276,9 @@ def test_bad_input(tuned, pretrained, world, tmp_path):
           tmp_path / "out", says="fine-tuned for vqa")
     (tmp_path / "answers.json").write_text('["yes", "yes"]')
     fails("finetune.py", "--task", "vqa", *init, "--answers", tmp_path / "answers.json", says="stand in it twice")
+    (tmp_path / "answers.json").write_text('["yes", "no", "1"]')
+    fails("finetune.py", "--task", "vqa", "--init", f"{tuned('vqa')[0]}/best.pt", "--data", world, "--output",
+          tmp_path / "out", "--answers", tmp_path / "answers.json", says="3 answers, but not the ")
     fails("evaluate.py", "--task", "nlvr2", "--checkpoint", f"{tuned('vqa')[0]}/best.pt", "--data", world,
           says="is fine-tuned for vqa")
     fails("evaluate.py", "--task", "vqa", "--checkpoint", pretrained, "--data", world, says="fine-tuned for no task")

@@ -99,6 +99,14 @@ def test_vqa_against_a_second_implementation():
         assert scores.vqa_scores(answers, [record])["other"] == pytest.approx(value)
 
 
+def test_annotations_without_types_go_by_what_most_people_said(tmp_path):
+    records = [{"question_id": n, "answers": [{"answer": a}] * 10} for n, a in enumerate(("Yes", "two", "2", "red"))]
+    (tmp_path / "truth").write_text(json.dumps({"annotations": records}))
+    (tmp_path / "results").write_text(json.dumps([{"question_id": n, "answer": "Yes"} for n in range(4)]))
+    found = scores.score_files("vqa", str(tmp_path / "results"), str(tmp_path / "truth"))
+    assert found == {"overall": 25, "yes/no": 100, "number": 0, "other": 0}
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # NLVR2
 
@@ -744,7 +752,6 @@ BAD_TRUTH = [
     *((task, [], "truth.* expected a list of records") for task in FILES),
     *((task, {}, "truth.* expected a list of records") for task in FILES if task != "nlvr2"),
     *((task, {"annotations": []}, "truth.* expected a list") for task in ("vqa", "caption")),
-    ("vqa", {"annotations": [without(question(["a"]), "answer_type")]}, "record 0, .*'answer_type' is not there"),
     ("vqa", {"annotations": [{**question(["a"]), "question_id": "1"}]}, "'question_id' .* not an integer"),
     ("vqa", {"annotations": [{**question(["a"]), "answer_type": "colour"}]}, "'colour' is not one of yes/no, number"),
     ("vqa", {"annotations": [question([])]}, "question_id 1, 'answers': expected a list"),
