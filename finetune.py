@@ -11,7 +11,8 @@
     flickr30k   [CLS] sentence [SEP] picture        circle loss over sampled pairs        mean of IR@1 and TR@1
     detection   [CLS] sentence [SEP] picture        DETR's set loss, COCO's head          AP
 
-What it writes to --output: log.jsonl, last.pt, best.pt (the best on validation).
+What it writes to --output: log.jsonl, last.pt (with the optimiser: `--resume` goes on from it), best.pt (the best on
+validation).
 `--init none` starts from nothing, so that what pre-training is worth can be seen.
 """
 
@@ -63,6 +64,8 @@ from pretrain import (
     to_device,
 )
 
+# What a checkpoint's weights fix; dropout has none, so a fine-tuning may choose its own
+FIXED = [flag for flag in MODEL_FLAGS if flag != "dropout"]
 # Section 5.1; decay: the epochs after which the rates are multiplied by 0.1
 DEFAULTS = {"vqa": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             "nlvr2": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
@@ -81,9 +84,9 @@ def parse(argv):
     """Flags. Three layers of defaults: the task's, then --mini's, then what is given."""
     parser = argparse.ArgumentParser(description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5.1).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
-    parser.add_argument("--init", required=True, help="checkpoint to start from, or none: then the model's flags count")
+    parser.add_argument("--init", help="checkpoint to start from, or none: then the model's flags count")
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
     g.add_argument("--vocab", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
@@ -105,7 +108,9 @@ def parse(argv):
     g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
     g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
     g.add_argument("--lr", type=float, help="learning rate of the transformer (default: the task's)")
-    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet")
+    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet; 0 freezes it")
+    g.add_argument("--lr-head", type=float, default=1.0,
+                   help="VQA, NLVR2: the new classifier's rate, as a multiple of --lr")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 after the task's epochs")
     g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, default=1e-4)
@@ -119,29 +124,57 @@ def parse(argv):
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     g = parser.add_argument_group("output")
     g.add_argument("--output", help="folder for log.jsonl, last.pt and best.pt (default: runs/TASK)")
+    g.add_argument("--resume", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--checkpoint-minutes", type=float, default=30, help="time between two checkpoints")
     g.add_argument("--log-every", type=int, default=50, help="steps")
     g.add_argument("--val-every", type=float, default=1.0, help="epochs between two validations")
     g.add_argument("--objects", action="store_true", help="captioning: caption_objects too, by Visual Genome's boxes")
     g.add_argument("--val-examples", type=int, default=0, help="validate on the first ones only (0: all)")
-    task = parser.parse_args(argv).task
-    parser.set_defaults(output=f"runs/{task}", **DEFAULTS[task])
-    chosen = parser.parse_args(argv)
-    if chosen.mini:
-        mini_preset(parser, task)
-    if chosen.init != "none":  # the model is the file's: a flag that is given can only agree with it, see `build`
-        parser.set_defaults(**dict.fromkeys((*MODEL_FLAGS, "backbone_weights", "vocab")))
     args = parser.parse_args(argv)
+    if args.resume:
+        state = load_checkpoint(args.resume, "--resume")
+        if "optimizer" not in state or not state["config"].task:
+            raise InputError(f"--resume {args.resume}: not a fine-tuning's last.pt, which alone can be resumed")
+        parser.set_defaults(**{**state["args"], "output": os.path.dirname(args.resume) or "."})
+        args = parser.parse_args(argv)
+        for flag in (*FIXED, "task", "init", "batch_size", "sentences_per_picture", "weight_decay", "dropout", "seed",
+                     "answers", "text"):
+            if getattr(args, flag) != state["args"][flag]:
+                raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
+                                 f"{state['args'][flag]}; leave the flag away")
+    elif not args.task or not args.init:
+        raise InputError("give --task and --init, a checkpoint's file or none; or --resume")
+    else:
+        task, init = args.task, args.init
+        parser.set_defaults(output=f"runs/{task}", **DEFAULTS[task])
+        if args.mini:
+            mini_preset(parser, task, init)
+        if init != "none":  # the model is the file's: a flag that is given can only agree with it, see `build`
+            parser.set_defaults(**dict.fromkeys((*FIXED, "backbone_weights", "vocab")))
+        args = parser.parse_args(argv)
+        state = None if init == "none" else load_checkpoint(init, "--init")
     check_flags(args)
     if args.val_every <= 0:
         raise InputError(f"--val-every {args.val_every}: must be more than 0")
-    return args, None if args.init == "none" else load_checkpoint(args.init, "--init")
+    return args, state
 
 
-def mini_preset(parser, task):
-    """The miniature world on two cores in about 10 minutes."""
-    parser.set_defaults(**MINI_MODEL, data="data/mini", short_sides=[64], long_side=96, workers=1, minutes=9.5,
-                        epochs=30, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50, clip=1.0, val_every=1e6,
-                        batch_size=32, output=f"runs/mini-{task}", objects=task == "caption")
+# The miniature world: what differs from task to task. NLVR2's 1,500 statements are soon known by heart: its pictures
+# keep the features that pre-training gave them, and the new classifier learns faster than what is below it.
+MINI = {"vqa": dict(batch_size=16, sentences_per_picture=4, minutes=7.0, val_every=3),
+        "nlvr2": dict(minutes=8.0, val_every=3, lr=3e-4, lr_backbone=0.0, lr_head=3.0, dropout=0.1, weight_decay=0.05),
+        "caption": dict(batch_size=16, sentences_per_picture=4, minutes=5.0, val_every=5, objects=True),
+        "flickr30k": dict(batch_size=16, sentences_per_picture=2, minutes=8.0, val_examples=0),
+        "detection": dict(batch_size=16, minutes=6.0, val_every=5)}
+
+
+def mini_preset(parser, task, init):
+    """The miniature world on two cores in less than 12 minutes, start and validation included."""
+    parser.set_defaults(**{**MINI_MODEL, **dict(
+        data="data/mini", short_sides=[64], long_side=96, workers=1, epochs=100, lr=5e-4, lr_backbone=5e-4,
+        schedule="cosine", warmup=50, clip=1.0, val_every=1e6, output=f"runs/mini-{task}"), **MINI[task]})
+    if init == "none":  # from nothing the rates of pre-training are the better ones
+        parser.set_defaults(lr=1e-3, lr_backbone=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -229,6 +262,10 @@ def rate_scale(step, epoch, progress, args):
 def build(args, state, answers, categories, say):
     """(model, tokenizer, names): from --init, whose configuration and vocabulary are kept, or from nothing."""
     torch.manual_seed(args.seed)  # the same weights in each process
+    if args.resume:
+        model = E2EVLP(state["config"])
+        model.load_state_dict(state["model"])
+        return model, Tokenizer(state["vocabulary"], state["config"].max_tokens), state["names"]
     if state is None:
         names = {"coco": categories, "vg": [], "attributes": [], "answers": answers}
         tokenizer = Tokenizer(args.vocab or f"{args.data}/vocab.txt")
@@ -237,10 +274,10 @@ def build(args, state, answers, categories, say):
             model.backbone.load_weights(args.backbone_weights)
         return model, tokenizer, names
     config = state["config"]
-    for flag in (*MODEL_FLAGS, "backbone_weights", "vocab"):
+    for flag in (*FIXED, "backbone_weights", "vocab"):
         value, name = getattr(args, flag), f"--{flag.replace('_', '-')}"
-        if value is not None and (flag not in MODEL_FLAGS or value != getattr(config, flag)):
-            has = f" has {getattr(config, flag)}" if flag in MODEL_FLAGS else " has its own"
+        if value is not None and (flag not in FIXED or value != getattr(config, flag)):
+            has = f" has {getattr(config, flag)}" if flag in FIXED else " has its own"
             raise InputError(f"{name} {value}: {args.init}{has}; leave the flag away, or give --init none")
     if config.task not in ("", args.task):
         raise InputError(f"--init {args.init}: fine-tuned for {config.task}; give a pre-trained checkpoint")
@@ -251,7 +288,7 @@ def build(args, state, answers, categories, say):
     if args.task == "detection" and state["names"]["coco"] != categories:
         raise InputError(f"--data {args.data}: COCO's categories are not those of {args.init}")
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
-    model = E2EVLP(replace(config, task=args.task, answers=len(answers)))
+    model = E2EVLP(replace(config, task=args.task, answers=len(answers), dropout=args.dropout))
     load_weights(model, state["model"], say)
     return model, tokenizer, {**state["names"], "answers": answers}
 
@@ -283,8 +320,8 @@ def train(args, state):
             check_output(args.output)
         examples, categories = read_task(args.task, args.data, "train", say)
         val, _ = read_task(args.task, args.data, "val", say)
-        answers = []
-        if args.task == "vqa":
+        answers = state["names"]["answers"] if args.resume and args.task == "vqa" else []
+        if args.task == "vqa" and not args.resume:
             answers = read_answers(args.answers) if args.answers else common_answers(examples + val)
             if not answers:
                 raise InputError(f"{args.data}/vqa: no answer was given to 9 questions; give --answers FILE")
@@ -296,16 +333,28 @@ def train(args, state):
     examples, val, answers, model, tokenizer, names = attempt(prepare, world)
     config = model.config
     for name, parameter in model.named_parameters():
-        if not name.startswith(PARTS[args.task]) or (name.startswith("sentence") and args.text == "none"
-                                                     and args.task == "detection"):
+        if (not name.startswith(PARTS[args.task]) or name.startswith("backbone.resnet") and not args.lr_backbone
+                or name.startswith("sentence") and args.text == "none" and args.task == "detection"):
             parameter.requires_grad_(False)
     model.to(device)
-    backbone = [p for p in model.backbone.resnet.parameters() if p.requires_grad]
-    ours = {id(p) for p in backbone}
-    base_rates = [args.lr, args.lr_backbone]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in ours]},
-        {"params": backbone}], lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    groups = {"rest": [], "head": [], "backbone": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["backbone" if name.startswith("backbone.resnet") else
+                   "head" if name.startswith(("answer.", "pair.")) else "rest"].append(parameter)
+    base_rates = [args.lr, args.lr * args.lr_head, args.lr_backbone]
+    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in groups.values()], lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+
+    def to_training():
+        model.train()
+        if args.init != "none":  # the statistics of batch norm stay pre-training's: a task has few pictures
+            model.backbone.resnet.eval()
+
+    step, before, best = 0, 0.0, -math.inf
+    if args.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        step, before, best = state["step"], state["seconds"], state["best"]
     objective = Objective(model, args)
     if world > 1:
         objective = DistributedDataParallel(objective)
@@ -313,7 +362,7 @@ def train(args, state):
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
                        text=args.text, sentences_per_picture=args.sentences_per_picture, seed=args.seed)
     batches = Batches([(1, 1)] * len(trainset), args.batch_size, parts=parts, rank=rank, world=world,
-                      seed=args.seed)
+                      seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
         collate_fn=functools.partial(collate_task, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
@@ -326,21 +375,21 @@ def train(args, state):
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
 
     if rank == 0:
-        clear_output(args.output, None, say)
-    log, kept = os.path.join(args.output, "log.jsonl"), {**vars(args), "sets": []}
-    best, broken, started, step, seen, spent = -math.inf, set(), time.time(), 0, 0, 0.0
-    logged = started
-    next_val = args.val_every
+        clear_output(args.output, step if args.resume else None, say)
+    log, kept = os.path.join(args.output, "log.jsonl"), {k: v for k, v in vars(args).items() if k != "resume"}
+    broken, seen, spent = set(), 0, before
+    started = logged = saved = time.time()
+    next_val = args.val_every * (step / batches.per_epoch // args.val_every + 1)
 
     def write_log(line):
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def save(name, scores):
+    def save(name, **more):
         if rank == 0:
             save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
-                            scores=scores)
+                            seconds=spent, best=best, **more)
 
     def score(said):
         return score_answers(args.task, said, val, args.data, "val", args.objects)
@@ -352,35 +401,35 @@ def train(args, state):
         mark = sum(scores[k] for k in BEST_BY[args.task])
         if mark > best:
             best = mark
-            save("best.pt", scores)
-        save("last.pt", scores)
+            save("best.pt", scores=scores)
+        save("last.pt", scores=scores, optimizer=optimizer.state_dict())
 
     def validate():
-        save("last.pt", {})  # first of all: whatever goes wrong below, the training is not lost
+        save("last.pt", optimizer=optimizer.state_dict())  # first of all: what goes wrong below loses no training
         said = answer_task(args.task, model, tokenizer, names, val, short=max(args.short_sides), long=args.long_side,
                            device=device, text=args.text, batch_size=share // parts, amp=args.amp == "bf16", rank=rank,
                            world=world)
         attempt(lambda: rank == 0 and keep(score(said)), world)
-        model.train()
+        to_training()
 
-    if args.task in ("vqa", "nlvr2") and rank == 0:  # what needs no model at all, to compare with
+    if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with
         habit = Counter(e.target for e in examples).most_common(1)[0][0]
         answer = {"vqa": str(habit), "nlvr2": str(bool(habit))}[args.task]
         scores = score([answer] * len(val))
         say(f"always {answer!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         write_log({"step": 0, "epoch": 0, **{f"habit_{k}": v for k, v in scores.items()}})
 
-    generator = torch.Generator().manual_seed(args.seed + rank)
-    model.train()
+    generator = torch.Generator()
+    to_training()
     iterator = iter(loader)
-    bar = tqdm(total=steps, disable=None if rank == 0 else True, unit="step")
-    done = False
+    bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
+    done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
     while not done:
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args, config) for batch in micro))]
         *counts, examples_here, spent, new = summed(
-            [*local, sum(len(batch["tokens"]) for batch in micro), time.time() - started if rank == 0 else 0.0,
+            [*local, sum(len(batch["tokens"]) for batch in micro), before + time.time() - started if rank == 0 else 0.0,
              len(unknown)], world, device)
         if new:
             broken.update(*gathered(unknown, world))
@@ -392,7 +441,8 @@ def train(args, state):
         for group, rate in zip(optimizer.param_groups, base_rates):
             group["lr"] = rate * rate_scale(step, epoch, progress, args)
 
-        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
+        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)  # what is drawn depends on the step alone: --resume
+        generator.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
         sums = {}
         for number, batch in enumerate(micro):
             if args.task == "flickr30k":  # never one's own, also where a picture stands in the batch twice
@@ -422,7 +472,7 @@ def train(args, state):
             values = dict(zip(sums, summed([float(v) for v in sums.values()], world, device)))
             line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
                     "loss": sum(SET_WEIGHTS.get(k, 1.0) * v for k, v in values.items()), **values,
-                    "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[1]["lr"],
+                    "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[2]["lr"],
                     "grad_norm": float(norm), "examples_per_second": seen / (time.time() - logged), "seconds": spent,
                     "broken": len(broken)}
             write_log(line)
@@ -433,6 +483,9 @@ def train(args, state):
             validate()
             next_val += args.val_every
             logged, seen = time.time(), 0
+        if time.time() - saved > args.checkpoint_minutes * 60:
+            save("last.pt", optimizer=optimizer.state_dict())
+            saved = time.time()
     bar.close()
     if broken:
         say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")

@@ -140,7 +140,7 @@ def parse(argv):
 # Bounds of flags, for fine-tuning too: more than 0, and 0 or more
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip")
-NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "warmup", "weight_decay",
+NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
                 "max_broken", "val_every", "val_examples", "margin")
 
 

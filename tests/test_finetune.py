@@ -87,6 +87,20 @@ def test_results_for_a_test_split_need_no_labels(tuned, world, tmp_path):
     assert all(isinstance(r["answer"], str) for r in results)
 
 
+def test_a_resumed_run_ends_as_the_undisturbed_one(pretrained, world, tmp_path):
+    words = ["--task", "flickr30k", "--init", pretrained, "--data", world, *SMALL, "--schedule", "step", "--dropout",
+             "0.1", "--val-examples", "4"]
+    run("finetune.py", *words, "--output", tmp_path / "whole", "--steps", "3")
+    run("finetune.py", *words, "--output", tmp_path / "parts", "--steps", "2")
+    run("finetune.py", "--resume", tmp_path / "parts" / "last.pt", "--steps", "3")
+    whole, parts = (load_checkpoint(str(tmp_path / name / "last.pt")) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 3
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, parts["model"][name]), name
+    with open(tmp_path / "parts" / "log.jsonl") as file:
+        assert [line["step"] for line in map(json.loads, file)] == [1, 2, 2, 3, 3]
+
+
 def test_retrieval_goes_on_where_it_was_cut_short(tuned, world, tmp_path, capsys):
     checkpoint, whole = f"{tuned('flickr30k')[0]}/best.pt", str(tmp_path / "whole.npy")
     words = ["--task", "flickr30k", "--checkpoint", checkpoint, "--data", world, "--submit"]
@@ -274,6 +288,9 @@ def test_bad_input(tuned, pretrained, world, tmp_path):
     fails("finetune.py", "--task", "vqa", *init, "--width", 64, says="--width 64: ")
     fails("finetune.py", "--task", "nlvr2", "--init", f"{tuned('vqa')[0]}/best.pt", "--data", world, "--output",
           tmp_path / "out", says="fine-tuned for vqa")
+    fails("finetune.py", "--task", "vqa", says="give --task and --init")
+    fails("finetune.py", "--resume", pretrained, says="not a fine-tuning's last.pt")
+    fails("finetune.py", "--resume", f"{tuned('vqa')[0]}/last.pt", "--width", 64, says="--width 64: the resumed run")
     (tmp_path / "answers.json").write_text('["yes", "yes"]')
     fails("finetune.py", "--task", "vqa", *init, "--answers", tmp_path / "answers.json", says="stand in it twice")
     (tmp_path / "answers.json").write_text('["yes", "no", "1"]')
