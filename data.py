@@ -4,17 +4,26 @@ Nothing is converted beforehand: `--data DIR` is laid out as the official downlo
 A picture is known by its file; its boxes are kept as fractions of its own width and height, so that they need no care
 when the picture is resized.
 
-Everything random about a visit to a picture (its size, its sentences, which words are masked) is drawn from a generator
-seeded with (seed, epoch, picture). A run can therefore be stopped and resumed anywhere, on any number of loader workers
-or processes, and each picture is still seen exactly as it would have been.
+Everything random about a visit to a picture (its sentences, which words are masked) is drawn from a generator seeded
+with (seed, epoch, picture), its size from one seeded with the batch. A run can therefore be stopped and resumed
+anywhere, on any number of loader workers or processes, and each picture is still seen exactly as it would have been.
 """
 
+import argparse
+import fcntl
+import functools
+import glob
+import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,6 +117,57 @@ def read_json(path, purpose):
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); it may be cut off, download it again") from None
+
+
+def stream(path, purpose):
+    """The records of a file that holds one long list, one at a time: Visual Genome's have a gigabyte each.
+
+    Errors as read_json's and records'; a bar shows how far it is.
+    """
+    decoder, part, at, ended = json.JSONDecoder(), "", 0, False
+    try:
+        with open(path, encoding="utf-8") as file, tqdm(
+                desc=os.path.basename(path), total=os.path.getsize(path), unit="B", unit_scale=True, disable=None,
+                leave=False) as bar:
+            if file.read(1024).lstrip()[:1] != "[":
+                yield from records(path, read_json(path, purpose))  # says what is wrong with it
+            file.seek(0)
+            separator = "["  # what must stand before the next record
+            while True:
+                try:
+                    at = WHITE.match(part, at).end()
+                    if part[at:at + 1] == "]" and separator != "[":
+                        ended = not (part[at + 1:] + file.read()).strip()
+                        break
+                    if part[at:at + 1] != separator:
+                        raise ValueError("no comma between two records" if part[at:] else "the end is missing")
+                    start = WHITE.match(part, at + 1).end()
+                    if separator == "[" and part[start:start + 1] == "]":
+                        ended = not (part[start + 1:] + file.read()).strip()
+                        break
+                    record, at = decoder.raw_decode(part, start)
+                    separator = ","
+                except ValueError as error:  # perhaps only because the part ends here
+                    more = file.read(1 << 20)
+                    if not more:
+                        raise InputError(f"{path}: not valid JSON ({error}); it may be cut off, download it "
+                                         "again") from None
+                    bar.update(len(more))
+                    part, at = part[at:] + more, 0
+                    continue
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}: expected a list of records; is it another file?")
+                yield record
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found, needed for {purpose}; the README's data tree says where it comes "
+                         "from") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not ended:
+        raise InputError(f"{path}: not valid JSON (there is more after the list); download it again")
+
+
+WHITE = re.compile(r"\s*")
 
 
 def records(path, thing, key=None):
@@ -255,14 +315,14 @@ def read_vg(data, say=print):
         raise InputError(f"{folder}: neither VG_100K nor VG_100K_2 holds a picture of image_data.json; unpack them")
     path = f"{folder}/attributes.json"
     has = {}
-    for r in tqdm(records(path, read_json(path, "attributes")), "attributes", disable=None, leave=False):
+    for r in stream(path, "attributes"):
         for o in records(path, r, "attributes"):
             if o.get("attributes"):
                 has[o.get("object_id")] = tuple(sorted({
                     attribute_of[a] for a in (str(a).strip().lower() for a in o["attributes"]) if a in attribute_of}))
     path = f"{folder}/objects.json"
     outside = unknown = count = 0
-    for r in records(path, read_json(path, "detection on Visual Genome")):
+    for r in stream(path, "detection on Visual Genome"):
         picture = pictures.get(r.get("image_id"))
         for o in records(path, r, "objects") if picture else ():
             count += 1
@@ -281,7 +341,7 @@ def read_vg(data, say=print):
         say(f"{path}: of {count} boxes left out {outside} empty or outside, {unknown} whose name is not in "
             "objects_vocab.txt")
     path = f"{folder}/region_descriptions.json"
-    for r in records(path, read_json(path, "Visual Genome's sentences")):
+    for r in stream(path, "Visual Genome's sentences"):
         regions = records(path, r, "regions")
         picture = pictures.get(r.get("id", regions[0].get("image_id") if regions else None))
         for region in regions if picture else ():
@@ -387,6 +447,7 @@ class Example:
     target: object = None   # VQA what most people said, NLVR2 1 or 0, detection (boxes, labels); None where unknown
     sentences: tuple = ()   # the picture's own sentences
     answers: tuple = ()     # VQA: what ten people said
+    size: tuple = None      # (height, width) of its first picture, where known
 
 
 def coco_finder(data):
@@ -418,9 +479,11 @@ def read_vqa(data, split):
     if "test" not in split:
         answers = f"{data}/vqa/v2_mscoco_{split}{year}_annotations.json"
         for r in records(answers, read_json(answers, f"VQA's {split} split"), "annotations"):
-            said[take(r, "question_id", int, answers)] = (
-                tuple(take(a, "answer", str, answers) for a in records(answers, r, "answers")),
-                take(r, "multiple_choice_answer", str, answers))
+            ten = tuple(take(a, "answer", str, answers) for a in records(answers, r, "answers"))
+            # Some copies of the files leave out which of the ten most people gave.
+            most = (take(r, "multiple_choice_answer", str, answers) if "multiple_choice_answer" in r or not ten else
+                    Counter(ten).most_common(1)[0][0])
+            said[take(r, "question_id", int, answers)] = ten, most
     if not questions:
         raise InputError(f"{path}: holds no question; download it again")
     find, examples = coco_finder(data), []
@@ -435,13 +498,12 @@ def read_vqa(data, split):
     return examples
 
 
-def common_answers(examples, least=9):
-    """VQA's answer list: each that is what most people said ("multiple_choice_answer") to `least` questions, sorted.
+def common_answers(targets, least=9):
+    """VQA's answer list, sorted: what most people said ("multiple_choice_answer") to `least` questions or more.
 
-    Normalised as the evaluation does it; over train and val this is bottom-up-attention's list of 3,129.
+    targets: {normalised answer: number of questions}. Over train and val this is bottom-up-attention's list of 3,129.
     """
-    counts = Counter(normalise_answer(e.target) for e in examples if e.target is not None)
-    return sorted(answer for answer, n in counts.items() if n >= least)
+    return sorted(answer for answer, n in targets.items() if n >= least)
 
 
 def read_nlvr2(data, split):
@@ -512,8 +574,233 @@ def read_detection(data, split, say=print):
     id = COCO's number of the picture, target = (boxes cxcywh fractions, labels).
     """
     pictures, names = read_coco(data, split, say)
-    return [Example(number, (p.file,), target=p.coco, sentences=tuple(p.sentences))
+    return [Example(number, (p.file,), target=p.coco, sentences=tuple(p.sentences), size=p.size)
             for number, p in pictures.items()], names
+
+
+def read_task(task, data, split, say=print):
+    """The examples of a split ("train", "val", "test", for VQA "test-dev" too): ([Example], COCO's category names)."""
+    if task == "vqa":
+        return read_vqa(data, split), []
+    if task == "nlvr2":
+        return read_nlvr2(data, {"val": "dev", "test": "test1"}.get(split, split)), []
+    if task == "detection":
+        return read_detection(data, split, say)
+    return read_karpathy(data, {"caption": "coco"}.get(task, task), split), []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The index: what the readers found, in files that all processes map
+
+
+INDEX_VERSION = 1  # another number, and each index is built anew: raise it with any change of the readers or of Packed
+
+
+class Packed(Sequence):
+    """A list of Pictures or Examples in memory-mapped files; an item is made when it is asked for.
+
+    As a Python list, 180,000 pictures with 6 M sentences take gigabytes, and in each loader worker again: counting
+    references writes into the pages that the processes share, and each ends with its own copy (PyTorch issue 13246).
+    Here all processes share the file's pages, and none has more of them than it looks at.
+
+    PATH.records: for each item its fields as JSON, a line end, then the bytes of its arrays; PATH.npz's arrays: ends
+    (N,) int64, where each record ends; sizes (N, 2), height and width; groups (N,), the same number for the same
+    pictures.
+    """
+
+    def __init__(self, path, data):
+        self.path, self.data = path, data
+        self.bytes = np.memmap(f"{path}.records", np.uint8, "r") if os.path.getsize(f"{path}.records") else b""
+        self.ends, self.sizes, self.groups = (np.load(f"{path}.{name}.npy", mmap_mode="r")
+                                              for name in ("ends", "sizes", "groups"))
+
+    def __reduce__(self):  # a worker that is not forked maps the files again
+        return Packed, (self.path, self.data)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index = index % len(self)
+        record = bytes(self.bytes[int(self.ends[index - 1]) if index else 0:int(self.ends[index])])
+        line = record.index(b"\n")
+        at = line + 1
+
+        def array(found):  # the places of arrays, in the order in which they follow
+            nonlocal at
+            if "dtype" not in found:  # the record itself
+                return found
+            dtype, count = np.dtype(found["dtype"]), math.prod(found["shape"])
+            values = np.frombuffer(record, dtype, count, at).reshape(found["shape"]).copy()
+            at += values.nbytes
+            return values
+
+        fields = {k: tuple(v) if isinstance(v, list) else v
+                  for k, v in json.loads(record[:line], object_hook=array).items()}
+        if "file" in fields:
+            return Picture(**{**fields, "file": f"{self.data}/{fields['file']}"})
+        return Example(**{**fields, "files": tuple(f"{self.data}/{file}" for file in fields["files"])})
+
+    @staticmethod
+    def write(path, items, data):
+        """Write items, all Pictures or all Examples, to PATH.*, their files' names as they are below `data`."""
+        ends, sizes, groups, arrays = [], [], {}, []
+
+        def place(value):
+            value = np.ascontiguousarray(value)
+            arrays.append(value.tobytes())
+            return {"dtype": value.dtype.str, "shape": value.shape}
+
+        with open(f"{path}.records", "wb") as file:
+            for item in items:
+                fields = {name: getattr(item, name) for name in item.__slots__}
+                if "file" in fields:
+                    fields["file"] = fields["file"].removeprefix(f"{data}/")
+                else:
+                    fields["files"] = [file.removeprefix(f"{data}/") for file in fields["files"]]
+                file.write(json.dumps(fields, default=place).encode() + b"\n" + b"".join(arrays))
+                arrays.clear()
+                ends.append(file.tell())
+                sizes.append(item.size)
+        for number, item in enumerate(items):
+            groups.setdefault(getattr(item, "files", number), len(groups))
+        np.save(f"{path}.ends.npy", np.array(ends, np.int64))
+        np.save(f"{path}.sizes.npy", np.array(sizes, np.int32).reshape(-1, 2))
+        np.save(f"{path}.groups.npy", np.array([groups[getattr(item, "files", number)]
+                                                for number, item in enumerate(items)], np.int64))
+
+
+def indexed(data, folder, kind, sources, read, say=print):
+    """What `read(say)` returns, with its lists as Packed: from the index, which is built if it is not there.
+
+    folder: where indexes lie, DATA/.index by default; kind: a word for it; sources: names below data of all files and
+    folders that are read. An index goes by their sizes and times: if one changes, it is built anew. Processes of one
+    machine build it once, the others wait; it appears whole or not at all. read: returns a dict of lists of Pictures
+    or Examples, and of plain values; what it says is said again each time. Raises InputError.
+    """
+    folder = folder or f"{data}/.index"
+    found = [(name, status(f"{data}/{name}")) for name in sorted(sources)]
+    state = [(name, s.st_size, s.st_mtime_ns) for name, s in found if s]
+    key = hashlib.sha256(repr((INDEX_VERSION, os.path.abspath(data), state)).encode()).hexdigest()[:16]
+    path = f"{folder}/{kind}-{key}"
+    if not os.path.isdir(path):
+        if not os.path.isdir(data):
+            raise InputError(f"--data {data}: no such folder; the README's data tree says what belongs in it")
+        with index_file(f"{folder}/{kind}.lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{folder}: another process is reading the data; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.isdir(path):
+                build_index(path, f"{folder}/{kind}", data, read)
+    with open(f"{path}/about.json", encoding="utf-8") as file:
+        about = json.load(file)
+    for text in about["said"]:
+        say(text)
+    return {**about["plain"], **{name: Packed(f"{path}/{name}", data) for name in about["lists"]}}
+
+
+def index_file(path):
+    """A file of the index, opened to write."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "wb")
+    except OSError as error:
+        raise InputError(f"--index {os.path.dirname(path)}: cannot be written ({error.strerror}); give another folder "
+                         "with --index DIR") from None
+
+
+def build_index(path, stem, data, read):
+    """Read, and write the index to `path`. What is left of former ones, `stem`-*, goes; the lock is the caller's."""
+    said, lists, unfinished = [], {}, f"{path}.unfinished"
+    found = read(said.append)
+    for old in glob.glob(f"{glob.escape(stem)}-" + "[0-9a-f]" * 16 + "*"):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.mkdir(unfinished)
+        for name, items in list(found.items()):
+            if isinstance(items, list) and items and isinstance(items[0], (Picture, Example)):
+                for item in tqdm(items, "sizes of pictures", disable=None, leave=False):
+                    if item.size is None:
+                        item.size = size_of(item.files[0])
+                lists[name] = Packed.write(f"{unfinished}/{name}", found.pop(name), data)
+        with open(f"{unfinished}/about.json", "w", encoding="utf-8") as file:
+            json.dump({"said": said, "plain": found, "lists": list(lists)}, file)
+        os.rename(unfinished, path)
+    except OSError as error:
+        raise InputError(f"--index {os.path.dirname(path)}: cannot be written ({error.strerror}); give another folder, "
+                         "with space in it") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def status(path):
+    """os.stat of a file or folder, or None if it is not there."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def size_of(file):
+    """(height, width) of a picture by its head alone; (1, 1) if it cannot be read, which its use will find out."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+        return 1, 1
+
+
+COCO_FOLDERS = ("train2014", "val2014", "test2015", "train2017", "val2017")
+SOURCES = {
+    "coco": [f"coco/annotations/{what}_{split}2017.json" for what in ("instances", "captions")
+             for split in ("train", "val")] + ["coco/train2017", "coco/val2017"],
+    "vg": [f"vg/{name}" for name in ("image_data.json", "objects.json", "attributes.json", "region_descriptions.json",
+                                     "objects_vocab.txt", "attributes_vocab.txt", "VG_100K", "VG_100K_2")],
+    "splits": ["coco/dataset_coco.json", "flickr30k/dataset_flickr30k.json"],
+}
+
+
+def index_pretraining(data, sets=("coco", "vg"), folder=None, say=print):
+    """`read_pretraining` by the index. "sentences": how many the training pictures have; lists are Packed."""
+    def read(say):
+        found = read_pretraining(data, sets, say)
+        return {**found, "sentences": sum(len(p.sentences) for p in found["train"])}
+
+    sources = [name for part in (*sets, "splits") for name in SOURCES[part]]
+    if "coco" not in sets:
+        sources.append("coco/annotations/instances_val2017.json")
+    return indexed(data, folder, "-".join(["pretraining", *sorted(sets)]), sources, read, say)
+
+
+def index_task(task, data, split, folder=None, say=print):
+    """`read_task` by the index: a dict of "examples", Packed; "categories"; "targets": how often each target that can
+    be the answer (VQA's normalised, NLVR2's "True" and "False") is that of an example.
+    """
+    sources = {
+        "vqa": [*(f"vqa/{name}_{split}{year}_{what}.json" for name, what in (
+            ("v2_OpenEnded_mscoco", "questions"), ("v2_mscoco", "annotations")) for year in (2014, 2015)),
+            *(f"coco/{name}" for name in COCO_FOLDERS)],
+        "nlvr2": [f"nlvr2/{split}.json" for split in ("train", "dev", "test1")],
+        "caption": ["coco/dataset_coco.json", *(f"coco/{name}" for name in COCO_FOLDERS)],
+        "flickr30k": ["flickr30k/dataset_flickr30k.json", "flickr30k/flickr30k-images"],
+        "detection": SOURCES["coco"]}[task]
+
+    def read(say):
+        examples, categories = read_task(task, data, split, say)
+        targets = Counter()
+        if task == "vqa":
+            targets.update(normalise_answer(e.target) for e in examples if e.target is not None)
+        elif task == "nlvr2":
+            targets.update(str(bool(e.target)) for e in examples if e.target is not None)
+        return {"examples": examples, "categories": categories, "targets": targets}
+
+    return indexed(data, folder, f"{task}-{split}", sources, read, say)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -566,9 +853,22 @@ def normalise_answer(text):
 # Pictures
 
 
-def load_picture(path):
-    """An RGB picture, pixels as stored (COCO's boxes are for those, so an EXIF rotation is not applied)."""
+def load_picture(path, short=None, long=None):
+    """An RGB picture, pixels as stored: COCO's boxes are for those, so an EXIF rotation is not applied.
+
+    short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of its
+    size, which leaves out most of the work. 16 bits become 8, what is transparent becomes white, of a moving picture
+    the first frame counts. Raises whatever Pillow does; more than 178 M pixels are an error too.
+    """
     with Image.open(path) as image:
+        if short is not None and image.format == "JPEG":
+            height, width = resized(image.height, image.width, short, long)
+            image.draft(None, (width, height))
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+        elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
@@ -586,7 +886,7 @@ def decodable(pictures, say=print):
     return good
 
 
-def first_decodable(files_of, index, total):
+def first_decodable(files_of, index, total, short=None, long=None):
     """The pictures of item `index`, or of the next item whose pictures decode: (images, its index, what was broken).
 
     One broken picture among 180,000 is not the end; 20 in a row are: then InputError names the first.
@@ -596,7 +896,7 @@ def first_decodable(files_of, index, total):
         images = []
         try:
             for file in files_of(index):
-                images.append(load_picture(file))
+                images.append(load_picture(file, short, long))
             return images, index, broken
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
             broken.append(f"{file}: {error}")
@@ -643,7 +943,7 @@ def mask_words(tokens, tokenizer, rng, share=0.15):
 
 
 class PretrainingSet(torch.utils.data.Dataset):
-    """Pictures with all that the four losses need. Items are asked for as (epoch, index), see the module's docstring.
+    """Pictures with all that the four losses need. Items are asked for as (epoch, index, draw), see Batches.
 
     A picture that does not decode is replaced by the next one, and named under "broken" for the training loop, which
     counts: one among 180,000 is not the end, a folder full of them is.
@@ -659,11 +959,11 @@ class PretrainingSet(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index, draw = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        (image,), index, broken = first_decodable(lambda i: [self.pictures[i].file], index, len(self.pictures))
-        picture = self.pictures[index]
-        image = to_pixels(image, rng.choice(self.short_sides), self.long_side)
+        size = self.short_sides[draw % len(self.short_sides)], self.long_side
+        (image,), index, broken = first_decodable(lambda i: [self.pictures[i].file], index, len(self.pictures), *size)
+        picture, image = self.pictures[index], to_pixels(image, *size)
         enough = len(picture.sentences) >= self.K
         own = rng.sample(picture.sentences, self.K) if enough else rng.choices(picture.sentences, k=self.K)
         tokens, mlm_labels, itm_labels, captions = [], [], [], []
@@ -737,7 +1037,8 @@ def collate(items, pad):
 
 
 class TaskSet(torch.utils.data.Dataset):
-    """Examples of a task of section 5.1 with pixels and word pieces. Items are asked for as (epoch, index).
+    """Examples of a task of section 5.1 with pixels and word pieces. Items are asked for as (epoch, index, draw), see
+    Batches.
 
     An item is a picture (NLVR2: two) with up to K questions about it, or K of its sentences drawn anew at each visit,
     which share one pass of the backbone. With K = 1 an item is an example.
@@ -745,26 +1046,31 @@ class TaskSet(torch.utils.data.Dataset):
 
     def __init__(self, task, examples, tokenizer, answers=(), *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
                  text="caption", sentences_per_picture=1, seed=0):
-        """answers: VQA's list; text: "caption" or "none", which sentence detection is given."""
+        """examples: Packed; answers: VQA's list; text: "caption" or "none", which sentence detection is given."""
         self.task, self.tokenizer, self.seed, self.text, self.K = task, tokenizer, seed, text, sentences_per_picture
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.number_of = {answer: i for i, answer in enumerate(answers)}
-        self.items = [[e] for e in examples]
+        # Item n is of the examples order[starts[n]:starts[n + 1]]; arrays, for lists grow in each worker, see Packed
+        self.examples, self.order, self.starts = examples, np.arange(len(examples)), np.arange(len(examples) + 1)
         if task == "vqa":
-            about = {}
-            for e in examples:
-                about.setdefault(e.files, []).append(e)
-            self.items = [asked[at:at + self.K] for asked in about.values() for at in range(0, len(asked), self.K)]
+            groups = examples.groups
+            self.order = np.argsort(groups, kind="stable")
+            place = np.arange(len(groups)) - np.searchsorted(groups[self.order], groups[self.order])  # within its group
+            self.starts = np.append(np.flatnonzero(place % self.K == 0), len(groups))
+        self.sizes = examples.sizes[self.order[self.starts[:-1]]]  # (height, width) of each item's first picture
 
     def __len__(self):
-        return len(self.items)
+        return len(self.starts) - 1
+
+    def item(self, index):
+        return [self.examples[i] for i in self.order[self.starts[index]:self.starts[index + 1]]]
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index, draw = key
         rng = random.Random(f"{self.seed} {self.task} {epoch} {index}")
-        images, index, broken = first_decodable(lambda i: self.items[i][0].files, index, len(self))
-        item = self.items[index]
-        images = [to_pixels(image, rng.choice(self.short_sides), self.long_side) for image in images]
+        size = self.short_sides[draw % len(self.short_sides)], self.long_side
+        images, index, broken = first_decodable(lambda i: self.item(i)[0].files, index, len(self), *size)
+        item, images = self.item(index), [to_pixels(image, *size) for image in images]
         texts = [e.text for e in item]
         if item[0].sentences and self.text == "caption":
             n = 1 if self.task == "detection" else min(self.K, len(item[0].sentences))
@@ -804,43 +1110,49 @@ def collate_task(items, pad):
 
 
 class Batches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for one process: a pure function of seed, epoch and rank, endless from `start`.
+    """Batches of (epoch, index, draw) for one process: a pure function of seed and rank, endless from batch `start`.
 
-    Each epoch is one pass over all pictures. Pictures of similar shape go together, so that little is padded: the
-    shuffled pictures are cut into pieces of 16 batches, sorted by shape within a piece, cut into batches, and those
-    are shuffled. The last batch of an epoch is filled up with the epoch's first pictures. A batch is the total one of
-    all processes; the `parts` that each process has of it follow one another.
+    Pass follows pass over all pictures, each in an order of its own, and the batches are cut from that stream: in each
+    pass a picture comes once, whatever the batch and the number of processes, and every batch is full (one can hold the
+    last pictures of a pass and the first of the next).
+
+    Pictures of similar shape go together, so that little is padded: within pieces of 16 batches (less where a pass has
+    few, or each pass would have the same batches) they are sorted by shape before the batches are cut, and the batches
+    shuffled. `draw` is the same for all
+    of a batch, over all processes too: they take its size of the scale augmentation from it, since pictures of 480 and
+    800 pixels in one batch would pad most of it, and of two processes one would wait for the other.
+    A batch is the total one; the `parts` that each process has of it follow one another.
     """
 
     def __init__(self, shapes, batch, *, parts=1, rank=0, world=1, seed=0, start=0):
         """shapes: (height, width) of each picture; batch: the total; start: the number of batches already done."""
-        self.ratios = [w / h for h, w in shapes]
+        shapes = np.asarray(shapes, np.float64).reshape(-1, 2)
+        self.ratios = shapes[:, 1] / shapes[:, 0]
         self.batch, self.parts, self.rank, self.world = batch, parts, rank, world
         self.seed, self.start = seed, start
-        self.per_epoch = math.ceil(len(shapes) / batch)
+        self.per_epoch = len(shapes) / batch
+        self.piece = max(1, min(16, len(shapes) // batch // 4))
 
-    def epoch(self, epoch):
-        """The epoch's total batches: lists of picture numbers."""
-        rng = random.Random(f"{self.seed} {epoch}")
-        order = list(range(len(self.ratios)))
-        rng.shuffle(order)
-        order += [order[i % len(order)] for i in range(-len(order) % self.batch)]
-        piece = 16 * self.batch
-        order = [i for at in range(0, len(order), piece)
-                 for i in sorted(order[at:at + piece], key=self.ratios.__getitem__)]
-        batches = [order[at:at + self.batch] for at in range(0, len(order), self.batch)]
-        rng.shuffle(batches)
-        return batches
+    def order(self, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.ratios))
 
     def __iter__(self):
-        epoch, skip = divmod(self.start, self.per_epoch)
+        N, length = len(self.ratios), self.piece * self.batch
+        orders = {}
         size = self.batch // self.world // self.parts
-        while True:
-            for batch in self.epoch(epoch)[skip:]:
+        for number in itertools.count(self.start // self.piece):
+            places = np.arange(number * length, (number + 1) * length)
+            epochs = places // N
+            orders = {epoch: orders.get(epoch) if epoch in orders else self.order(epoch) for epoch in np.unique(epochs)}
+            pictures = np.array([orders[epoch][place] for epoch, place in zip(epochs, places % N)])
+            # By pass first: the same picture must not meet itself
+            chosen = np.lexsort((self.ratios[pictures], epochs)).reshape(self.piece, self.batch)
+            rng = np.random.default_rng((self.seed, number, 1))
+            draws = rng.integers(2 ** 31, size=self.piece)
+            for n in rng.permutation(self.piece)[max(0, self.start - number * self.piece):]:
                 for part in range(self.parts):
                     at = (part * self.world + self.rank) * size
-                    yield [(epoch, index) for index in batch[at:at + size]]
-            epoch, skip = epoch + 1, 0
+                    yield [(int(epochs[i]), int(pictures[i]), int(draws[n])) for i in chosen[n, at:at + size]]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -903,3 +1215,89 @@ def attempt(function, world):
     for text in filter(None, gathered(problem, world)):
         raise InputError(text)
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command: what is there
+
+
+def describe(data, folder=None):
+    """({part: {"pictures": ..., ...} or {"missing": what and where}}, [what was left out and why]) of a data folder.
+
+    folder: as for `indexed`. Any part of the tree may be missing.
+    """
+    parts, said = {}, []
+
+    def part(name, function):
+        try:
+            parts[name] = function()
+        except InputError as error:
+            parts[name] = {"missing": str(error)}
+
+    def pretraining():
+        sets = [name for name in ("coco", "vg") if os.path.isdir(f"{data}/{name}")]
+        if not sets:
+            raise InputError(f"{data}: has neither coco nor vg, which pre-training needs")
+        found = index_pretraining(data, sets, folder, said.append)
+        counts = Counter(pictures=len(found["train"]), sentences=found["sentences"], validation=len(found["val"]))
+        for picture in found["train"]:
+            counts["in both sets"] += picture.coco is not None and picture.vg is not None
+            for name in ("coco", "vg"):
+                if getattr(picture, name) is not None:
+                    counts[f"{name} boxes"] += len(getattr(picture, name)[0])
+            counts["attributes"] += sum(map(len, picture.vg[2])) if picture.vg is not None else 0
+        # Every training picture against every picture that something is tested on, by number
+        coco, flickr = held_out(data, lambda text: None)
+        number = {p.name: p.name.split()[1] for p in found["train"]}
+        other = read_vg(data, lambda text: None)[1] if "vg" in sets else {}
+        counts["in a val or test split"] = sum(
+            (int(n) in coco if name.startswith("coco") else other[int(n)][0] in coco or other[int(n)][1] in flickr)
+            for name, n in number.items())
+        return dict(counts)
+
+    def task(name, split):
+        found = index_task(name, data, split, folder, said.append)["examples"]
+        counts = {"pictures": len({file for e in found for file in e.files}), "examples": len(found)}
+        if name in ("caption", "flickr30k"):
+            counts["sentences"] = sum(len(e.sentences) for e in found)
+        if name == "detection":
+            counts["boxes"] = sum(len(e.target[1]) for e in found)
+        return counts
+
+    if not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder; the README's data tree says what belongs in it")
+    part("pre-training", pretraining)
+    for name in ("vqa", "nlvr2", "caption", "flickr30k", "detection"):
+        for split in ("train", "val", "test-dev", "test"):
+            if split in ("train", "val") or name == "vqa" or split == "test" and name != "detection":
+                part(f"{name} {split}", functools.partial(task, name, split))
+    return parts, list(dict.fromkeys(said))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Say what is in a data folder, and what is missing for which task.")
+    parser.add_argument("--data", required=True, help="folder with the official files (README: the data tree)")
+    parser.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
+    parser.add_argument("--json", help="write the counts to this file")
+    args = parser.parse_args(argv)
+    try:
+        parts, said = describe(args.data, args.index)
+        for name, counts in parts.items():
+            print(f"{name:20}" + (f"missing: {counts['missing']}" if "missing" in counts else
+                                  "  ".join(f"{n:,} {what}" for what, n in counts.items())))
+        for text in said:
+            print(f"note: {text}")
+        if args.json:
+            try:
+                with open(args.json, "w", encoding="utf-8") as file:
+                    json.dump({"parts": parts, "notes": said}, file, indent=1)
+            except OSError as error:
+                raise InputError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+    except InputError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

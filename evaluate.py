@@ -39,18 +39,15 @@ from data import (
     attempt,
     decodable,
     gathered,
+    index_pretraining,
+    index_task,
     load_picture,
     mask_words,
     normalise_answer,
     pad_pictures,
     pad_tokens,
-    read_detection,
     read_json,
-    read_karpathy,
-    read_nlvr2,
-    read_pretraining,
     read_vg,
-    read_vqa,
     start_processes,
     stop_processes,
     to_pixels,
@@ -268,7 +265,8 @@ def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", bat
         numbers = mine[at:at + batch_size]
         batch = [pictures[i] for i in numbers]
         images, sizes = pad_pictures([
-            to_pixels(mean.resize(p.size[::-1]) if blind else load_picture(p.file), short, long) for p in batch])
+            to_pixels(mean.resize(p.size[::-1]) if blind else load_picture(p.file, short, long), short, long)
+            for p in batch])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_picture(images.to(device), sizes.to(device))
             # Words and pairs: every sentence of one kind, each with its picture
@@ -845,17 +843,6 @@ BEST_BY = {"vqa": ("overall",), "nlvr2": ("accuracy",), "caption": ("CIDEr",), "
 ZERO_SHOT = ("caption", "flickr30k", "detection")  # pre-training has trained all that these need
 
 
-def read_task(task, data, split, say=print):
-    """The examples of a split ("train", "val", "test", for VQA "test-dev" too): ([Example], COCO's category names)."""
-    if task == "vqa":
-        return read_vqa(data, split), []
-    if task == "nlvr2":
-        return read_nlvr2(data, {"val": "dev", "test": "test1"}.get(split, split)), []
-    if task == "detection":
-        return read_detection(data, split, say)
-    return read_karpathy(data, {"caption": "coco"}.get(task, task), split), []
-
-
 def answer_task(task, model, tokenizer, names, examples, *, rank=0, world=1, rows=None, **settings):
     """What the model says of each example, in their order; collective: each process does its share, all get all.
 
@@ -869,7 +856,9 @@ def answer_task(task, model, tokenizer, names, examples, *, rank=0, world=1, row
     for number, e in enumerate(examples):
         if number not in before:
             groups.setdefault(e.files, []).append(number)
-    share = list(groups.values())[rank::world]
+    # Pictures of like shape together, so that little is padded
+    groups = sorted(groups.values(), key=lambda group: examples[group[0]].size[1] / examples[group[0]].size[0])
+    share = groups[rank::world]
     found = attempt(lambda: answer_share(task, model, tokenizer, names, examples, share, show=rank == 0,
                                          keep=rows.write if rows else None, **settings), world)
     for part in gathered(found, world):
@@ -938,7 +927,7 @@ def answer_share(task, model, tokenizer, names, examples, groups, *, short, long
         part = groups[at:at + batch_size]
         numbers = [i for group in part for i in group]
         sides = range(len(examples[numbers[0]].files))
-        images = [picture_of(examples[group[0]].files[side], mean) for side in sides for group in part]
+        images = [picture_of(examples[group[0]].files[side], mean, short, long) for side in sides for group in part]
         pixels, sizes = pad_pictures([to_pixels(image, short, long) for image in images])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_picture(pixels.to(device), sizes.to(device))
@@ -971,17 +960,16 @@ def answer_share(task, model, tokenizer, names, examples, groups, *, short, long
                 found.update((i, str(bool(b))) for i, b in zip(numbers, best))
             else:
                 objects = model.detect(model.encode(grid, tokens if text == "caption" else None))
-                for i, image, scores, labels, boxes in zip(
-                        numbers, images, *(x.cpu() for x in found_objects(objects, "coco"))):
-                    pixels_ = boxes_in_pixels(boxes, image.size[::-1]).tolist()
-                    found[i] = list(zip(labels.tolist(), pixels_, scores.tolist()))
+                for i, e, scores, labels, boxes in zip(
+                        numbers, asked, *(x.cpu() for x in found_objects(objects, "coco"))):
+                    found[i] = list(zip(labels.tolist(), boxes_in_pixels(boxes, e.size).tolist(), scores.tolist()))
     return found
 
 
-def picture_of(file, mean=None):
-    """The picture of a file, or the mean picture at its size; InputError if it does not decode."""
+def picture_of(file, mean=None, short=None, long=None):
+    """The picture of a file, or the mean picture at its size; InputError if it does not decode. See `load_picture`."""
     try:
-        image = load_picture(file)
+        image = load_picture(file, short, long)
     except Exception as error:
         raise InputError(f"{file}: cannot be decoded ({error}); mend it, a score needs every picture") from None
     return image if mean is None else mean.resize(image.size)
@@ -1108,6 +1096,7 @@ def parse(argv):
     parser.add_argument("--task", choices=TASKS, help="score a fine-tuned checkpoint, or with --score a result file")
     parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
     parser.add_argument("--data", help="the data folder (README: the data tree)")
+    parser.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
     parser.add_argument("--split", default="val", help="val or test; vqa also test-dev; detection has no test")
     parser.add_argument("--submit", help="write the results in the official server's format to this file")
     parser.add_argument("--score", help="a result file of anybody's, no model involved")
@@ -1185,7 +1174,7 @@ def run(args, rank=0, world=1):
                         args.blind, "text": args.text or state["args"].get("text", "caption")})
 
     def read():
-        data = read_pretraining(args.data, state["args"]["sets"])
+        data = index_pretraining(args.data, state["args"]["sets"], args.index)
         if data["names"] != names:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
         if not data["val"]:
@@ -1204,10 +1193,10 @@ def run_task(args, model, tokenizer, names, settings):
     rank, world = settings["rank"], settings["world"]
 
     def read():
-        examples, categories = read_task(args.task, args.data, args.split)
-        if args.task == "detection" and categories != names["coco"]:
+        found = index_task(args.task, args.data, args.split, args.index)
+        if args.task == "detection" and found["categories"] != names["coco"]:
             raise InputError(f"--data {args.data}: COCO's categories are not those of {args.checkpoint}")
-        rows, examples = None, examples[:args.examples or None]
+        rows, examples = None, found["examples"][:args.examples or None]
         if args.task == "flickr30k" and args.submit:
             with open(args.checkpoint, "rb") as file:
                 key = {"checkpoint": hashlib.sha256(file.read()).hexdigest(), "blind": args.blind, "amp": args.amp,

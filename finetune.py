@@ -43,12 +43,13 @@ from data import (
     collate_task,
     common_answers,
     gathered,
+    index_task,
     read_json,
     start_processes,
     stop_processes,
     summed,
 )
-from evaluate import BEST_BY, answer_task, read_task, score_answers
+from evaluate import BEST_BY, answer_task, score_answers
 from matcher import LOSS_WEIGHTS as SET_WEIGHTS
 from matcher import count, set_loss
 from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
@@ -89,6 +90,7 @@ def parse(argv):
     parser.add_argument("--init", help="checkpoint to start from, or none: then the model's flags count")
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
+    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
     g.add_argument("--vocab", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
     g.add_argument("--answers", help="VQA: JSON list of answers (default: those given at least 9 times in train + val)")
     g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
@@ -163,9 +165,9 @@ def parse(argv):
 # keep the features that pre-training gave them, and the new classifier learns faster than what is below it.
 MINI = {"vqa": dict(batch_size=16, sentences_per_picture=4, minutes=7.0, val_every=3),
         "nlvr2": dict(minutes=8.0, val_every=3, lr=3e-4, lr_backbone=0.0, lr_head=3.0, dropout=0.1, weight_decay=0.05),
-        "caption": dict(batch_size=16, sentences_per_picture=4, minutes=5.0, val_every=5, objects=True),
-        "flickr30k": dict(batch_size=16, sentences_per_picture=2, minutes=8.0, val_examples=0),
-        "detection": dict(batch_size=16, minutes=6.0, val_every=5)}
+        "caption": dict(batch_size=16, sentences_per_picture=4, minutes=4.0, objects=True),
+        "flickr30k": dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0),
+        "detection": dict(batch_size=16, minutes=4.0)}
 
 
 def mini_preset(parser, task, init):
@@ -318,19 +320,20 @@ def train(args, state):
     def prepare():
         if rank == 0:
             check_output(args.output)
-        examples, categories = read_task(args.task, args.data, "train", say)
-        val, _ = read_task(args.task, args.data, "val", say)
+        found, held = (index_task(args.task, args.data, split, args.index, say) for split in ("train", "val"))
+        targets = Counter(found["targets"])
         answers = state["names"]["answers"] if args.resume and args.task == "vqa" else []
         if args.task == "vqa" and not args.resume:
-            answers = read_answers(args.answers) if args.answers else common_answers(examples + val)
+            counts = targets + Counter(held["targets"])
+            answers = read_answers(args.answers) if args.answers else common_answers(counts)
             if not answers:
                 raise InputError(f"{args.data}/vqa: no answer was given to 9 questions; give --answers FILE")
-        for e in examples + val if args.task == "nlvr2" else ():
-            if e.target is None:
-                raise InputError(f"--data {args.data}: {e.id} of NLVR2 has no label, which training needs")
-        return examples, val[:args.val_examples or None], answers, *build(args, state, answers, categories, say)
+        if args.task == "nlvr2" and targets.total() < len(found["examples"]):
+            raise InputError(f"{args.data}/nlvr2/train.json: has records without a label, which training needs")
+        return (found["examples"], held["examples"][:args.val_examples or None], targets, answers,
+                *build(args, state, answers, found["categories"], say))
 
-    examples, val, answers, model, tokenizer, names = attempt(prepare, world)
+    examples, val, targets, answers, model, tokenizer, names = attempt(prepare, world)
     config = model.config
     for name, parameter in model.named_parameters():
         if (not name.startswith(PARTS[args.task]) or name.startswith("backbone.resnet") and not args.lr_backbone
@@ -348,7 +351,7 @@ def train(args, state):
 
     def to_training():
         model.train()
-        if args.init != "none":  # the statistics of batch norm stay pre-training's: a task has few pictures
+        if not args.lr_backbone:  # a frozen ResNet keeps the statistics of its batch norm too
             model.backbone.resnet.eval()
 
     step, before, best = 0, 0.0, -math.inf
@@ -361,7 +364,7 @@ def train(args, state):
 
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
                        text=args.text, sentences_per_picture=args.sentences_per_picture, seed=args.seed)
-    batches = Batches([(1, 1)] * len(trainset), args.batch_size, parts=parts, rank=rank, world=world,
+    batches = Batches(trainset.sizes, args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
@@ -413,8 +416,7 @@ def train(args, state):
         to_training()
 
     if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with
-        habit = Counter(e.target for e in examples).most_common(1)[0][0]
-        answer = {"vqa": str(habit), "nlvr2": str(bool(habit))}[args.task]
+        answer = targets.most_common(1)[0][0]
         scores = score([answer] * len(val))
         say(f"always {answer!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         write_log({"step": 0, "epoch": 0, **{f"habit_{k}": v for k, v in scores.items()}})

@@ -35,7 +35,7 @@ from data import (
     collate,
     decodable,
     gathered,
-    read_pretraining,
+    index_pretraining,
     start_processes,
     stop_processes,
     summed,
@@ -78,6 +78,7 @@ def parse(argv):
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
+    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
     g.add_argument("--shapes", action="store_true", help="write the miniature world to --data if nothing is there")
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
     g.add_argument("--vocab", help="WordPiece vocabulary (default: DATA/vocab.txt)")
@@ -321,7 +322,7 @@ def train(args, state):
     attempt(first_process_prepares, world)
 
     def build():
-        data = read_pretraining(args.data, args.sets, say)
+        data = index_pretraining(args.data, args.sets, args.index, say)
         names = data["names"]
         if state is not None and state["names"] != names:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
@@ -356,13 +357,13 @@ def train(args, state):
     trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
                               long_side=args.long_side, sentences_per_picture=args.sentences_per_picture,
                               without_sentence=args.without_sentence, seed=args.seed)
-    batches = Batches([p.size for p in data["train"]], args.batch_size, parts=parts, rank=rank, world=world,
+    batches = Batches(data["train"].sizes, args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
         collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
-    say(f"{len(data['train'])} pictures with {sum(len(p.sentences) for p in data['train'])} sentences to train on, "
+    say(f"{len(data['train'])} pictures with {data['sentences']} sentences to train on, "
         f"{len(val)} held out")
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
         f"{count_parameters(model) / 1e6:.1f} M parameters")

@@ -1,30 +1,43 @@
 """Readers on records with the real sets' flaws, word pieces, transforms, the four tasks' inputs, batches."""
 
+import itertools
 import json
+import math
 import os
+import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from transformers import BertTokenizer
 
+import data as data_module
 from data import (
+    SHORT_SIDES,
     Batches,
     InputError,
     Picture,
     PretrainingSet,
     Tokenizer,
     collate,
+    first_decodable,
+    index_pretraining,
+    index_task,
     load_picture,
     mask_words,
     pad_pictures,
     read_coco,
     read_pretraining,
+    read_task,
     read_vg,
     resized,
+    stream,
     to_pixels,
 )
 
@@ -328,6 +341,62 @@ def test_pictures_of_any_mode_become_rgb(tmp_path):
         assert to_pixels(load_picture(path), 32).shape[0] == 3
 
 
+def test_odd_pictures(tmp_path):
+    """What Pillow alone would get wrong, each against what a viewer shows."""
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 6), 257 * 100, np.uint16)).save(path)  # 16 bits
+    assert np.asarray(load_picture(path)).tolist() == [[[100] * 3] * 6] * 4
+    Image.new("RGBA", (6, 4), (10, 20, 30, 0)).save(path)  # wholly transparent: white, not the colour beneath
+    assert load_picture(path).getpixel((0, 0)) == (255, 255, 255)
+    Image.new("LA", (6, 4), (0, 255)).save(path)
+    assert load_picture(path).getpixel((0, 0)) == (0, 0, 0)
+    palette = Image.new("P", (6, 4), 1)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.save(path)
+    assert load_picture(path).getpixel((0, 0)) == (200, 0, 0)
+    palette.save(path, transparency=1)
+    assert load_picture(path).getpixel((0, 0)) == (255, 255, 255)
+    palette.save(str(tmp_path / "a.gif"), save_all=True, append_images=[Image.new("RGB", (6, 4), "blue")])
+    assert load_picture(str(tmp_path / "a.gif")).getpixel((0, 0)) == (200, 0, 0)
+    cmyk = str(tmp_path / "a.jpg")
+    Image.new("CMYK", (6, 4), (0, 0, 0, 0)).save(cmyk, quality=95)
+    assert min(load_picture(cmyk).getpixel((0, 0))) > 250
+
+
+def test_rotations_that_only_a_tag_asks_for_are_not_made(tmp_path):
+    """COCO's boxes are for the pixels as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_picture(str(tmp_path / "a.jpg")).size == (40, 30)
+
+
+def test_pictures_cut_off_or_too_large_are_errors(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)).save(path)
+    with open(path, "rb") as file:
+        half = file.read()[:5000]
+    with open(path, "wb") as file:
+        file.write(half)
+    with pytest.raises(InputError, match="a.jpg: image file is truncated.* cannot be decoded"):
+        first_decodable(lambda i: [path], 0, 1)
+    Image.new("RGB", (100, 100)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(InputError, match="a.jpg: .*decompression bomb.* cannot be decoded"):
+        first_decodable(lambda i: [path], 0, 1)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    path, x = str(tmp_path / "a.jpg"), np.linspace(0, 255, 2000)
+    smooth = np.stack(np.broadcast_arrays(x, x[:1500, None], x[::-1]), -1).astype(np.uint8)
+    Image.fromarray(smooth).save(path, quality=95)
+    small = load_picture(path, 300, 500)
+    assert small.size == (500, 375)  # a quarter, no smaller than the 300 x 400 that it is to become
+    whole, quick = (to_pixels(image, 300, 500).float() for image in (load_picture(path), small))
+    assert whole.shape == quick.shape == (3, 300, 400) and (whole - quick).abs().max() < 6
+    assert load_picture(path, 800, 1333).size == (2000, 1500)
+
+
 def test_padding_is_right_and_below():
     images, sizes = pad_pictures([torch.ones(3, 4, 6, dtype=torch.uint8), torch.ones(3, 5, 2, dtype=torch.uint8)])
     assert images.shape == (2, 3, 5, 6) and sizes.tolist() == [[4, 6], [5, 2]]
@@ -388,7 +457,7 @@ def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vo
         assert len(drawn) > 5 and not {s.lower() for s in drawn} & known
     for epoch in range(150):
         for index in range(16):
-            item = data[epoch, index]
+            item = data[epoch, index, 0]
             own = [tokenizer.encode(s) for s in pictures[index].sentences]
             assert all(c in own for c in item["captions"]) and item["captions"][0] != item["captions"][1]
             for tokens, labels, match in zip(item["tokens"], item["mlm_labels"], item["itm_labels"]):
@@ -411,25 +480,25 @@ def test_two_pictures_with_the_same_sentences_have_no_negative(pictures, vocabul
     for p in pictures:
         p.sentences = ["the cat"]
     data = training_set(pictures, vocabulary)
-    assert all(data[0, i]["itm_labels"] == [1] for i in range(16))
+    assert all(data[0, i, 0]["itm_labels"] == [1] for i in range(16))
 
 
 def test_items_depend_on_seed_epoch_and_picture_alone(pictures, vocabulary):
     a, b = training_set(pictures, vocabulary), training_set(pictures, vocabulary)
-    for key in ((0, 3), (4, 3), (0, 3)):
+    for key in ((0, 3, 7), (4, 3, 0), (0, 3, 1)):
         x, y = a[key], b[key]
         assert torch.equal(x["image"], y["image"]) and x["tokens"] == y["tokens"]
-    items = [a[epoch, 3] for epoch in range(30)]
+    items = [a[epoch, 3, epoch] for epoch in range(30)]
     assert len({tuple(i["tokens"][0]) for i in items}) > 5 and {i["image"].shape[1] for i in items} == {32, 48}
     other = training_set(pictures, vocabulary, seed=1)
-    assert any(other[epoch, 3]["tokens"] != item["tokens"] for epoch, item in enumerate(items))
-    share = sum(a[e, i]["no_sentence"] for e in range(60) for i in range(16)) / 960
+    assert any(other[epoch, 3, epoch]["tokens"] != item["tokens"] for epoch, item in enumerate(items))
+    share = sum(a[e, i, 0]["no_sentence"] for e in range(60) for i in range(16)) / 960
     assert share == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_picture_of_both_sets_trains_one_of_them_each_visit(pictures, vocabulary):
     data = training_set(pictures, vocabulary)
-    targets = [data[epoch, 0]["target"] for epoch in range(60)]
+    targets = [data[epoch, 0, 0]["target"] for epoch in range(60)]
     assert 15 < sum(t["source"] == "vg" for t in targets) < 45
     for t in targets:
         assert ("attributes" in t) == (t["source"] == "vg")
@@ -440,18 +509,18 @@ def test_a_broken_picture_is_named_and_replaced(pictures, vocabulary):
     with open(pictures[4].file, "wb") as file:
         file.write(b"\xff\xd8\xff half a picture")
     data = training_set(pictures, vocabulary)
-    item = data[0, 4]
+    item = data[0, 4, 0]
     assert item["index"] == 5 and len(item["broken"]) == 1 and pictures[4].file in item["broken"][0]
-    assert data[0, 5]["broken"] == []
+    assert data[0, 5, 0]["broken"] == []
     for p in pictures:
         os.remove(p.file)
     with pytest.raises(InputError, match="0.jpg: .*cannot be decoded"):
-        data[0, 0]
+        data[0, 0, 0]
 
 
 def test_collation(pictures, vocabulary):
     data = training_set(pictures, vocabulary, sentences_per_picture=3)
-    items = [data[0, i] for i in range(4)]
+    items = [data[0, i, 0] for i in range(4)]
     batch = collate(items, data.tokenizer.pad)
     B, K, T = batch["tokens"].shape
     assert (B, K) == (4, 3) and batch["mlm_labels"].shape == (B, K, T) and batch["itm_labels"].shape == (B, K)
@@ -474,13 +543,23 @@ def take(batches, n):
 SHAPES = [(60 + i % 7, 90 - i % 11) for i in range(50)]
 
 
-def test_an_epoch_is_each_picture_once_and_the_last_batch_is_filled_up():
-    batches = take(Batches(SHAPES, 8), 14)
-    for epoch in (0, 1):
-        seen = Counter(i for batch in batches[7 * epoch:7 * epoch + 7] for e, i in batch)
-        assert set(seen) == set(range(50)) and sum(seen.values()) == 56 and max(seen.values()) == 2
-        assert {e for batch in batches[7 * epoch:7 * epoch + 7] for e, _ in batch} == {epoch}
-    assert sorted(batches[:7]) != sorted([[(0, i) for _, i in b] for b in batches[7:]])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("n", [61, 120, 997])
+def test_each_pass_has_each_picture_once(world, n):
+    """Whatever divides into what: from five passes' batches on all processes, each picture of the first four once."""
+    batch = 2 * world
+    each = [take(Batches(SHAPES[:1] * n, batch, rank=rank, world=world), math.ceil(5 * n / batch))
+            for rank in range(world)]
+    assert {len(share) for batches in each for share in batches} == {2}
+    seen = Counter((epoch, i) for batches in each for share in batches for epoch, i, _ in share)
+    for epoch in range(4):
+        assert [seen[epoch, i] for i in range(n)] == [1] * n
+
+
+def test_passes_have_orders_of_their_own_and_a_batch_one_draw():
+    batches = take(Batches(SHAPES, 10), 10)
+    assert {frozenset(i for _, i, _ in b) for b in batches[:5]} != {frozenset(i for _, i, _ in b) for b in batches[5:]}
+    assert all(len({draw for _, _, draw in b}) == 1 for b in batches) and len({b[0][2] for b in batches}) == 10
 
 
 def test_processes_and_parts_share_the_same_batches():
@@ -501,5 +580,133 @@ def test_batches_go_on_where_a_run_stopped(start):
 
 def test_pictures_of_like_shape_go_together():
     shapes = [(64, random.Random(i).randrange(40, 160)) for i in range(640)]
-    spread = [max(w) - min(w) for w in ([shapes[i][1] for _, i in batch] for batch in take(Batches(shapes, 8), 80))]
+    spread = [max(w) - min(w) for w in ([shapes[i][1] for _, i, _ in batch] for batch in take(Batches(shapes, 8), 80))]
     assert sum(spread) / len(spread) < 12
+
+
+def test_little_is_padded():
+    """Sizes as photographs have them: most 4:3 or 3:2, a fifth upright; against batches drawn at random."""
+    rng = random.Random(0)
+    common = [(480, 640)] * 8 + [(427, 640)] * 7 + [(640, 480)] * 3 + [(640, 427)] * 2 + [(640, 640)]
+    shapes = [rng.choice(common) if rng.random() < 0.7 else (rng.randrange(300, 640), 640) for _ in range(3000)]
+
+    def wasted(batches):
+        cells = used = 0
+        for batch in batches:
+            sizes = [resized(*shapes[i], SHORT_SIDES[draw % len(SHORT_SIDES)]) for _, i, draw in batch]
+            cells += len(batch) * max(-(-h // 32) for h, _ in sizes) * max(-(-w // 32) for _, w in sizes)
+            used += sum(-(-h // 32) * -(-w // 32) for h, w in sizes)
+        return 1 - used / cells
+
+    ours = wasted(take(Batches(shapes, 32, parts=8), 8 * 90))
+    random_ones = [[(0, rng.randrange(3000), rng.randrange(1000)) for _ in range(4)] for _ in range(720)]
+    assert ours < 0.06 and wasted(random_ones) > 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The index
+
+
+def same(a, b):
+    """Are two Pictures or Examples the same, arrays and all?"""
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return a == b
+
+
+def same_items(packed, items):
+    return len(packed) == len(items) and all(
+        same([getattr(a, k) for k in a.__slots__ if k != "size"], [getattr(b, k) for k in b.__slots__ if k != "size"])
+        for a, b in zip(packed, items))
+
+
+def test_the_index_equals_a_direct_read(world, tmp_path):
+    found, read = index_pretraining(world, folder=str(tmp_path), say=Silent()), read_pretraining(world, say=Silent())
+    assert same_items(found["train"], read["train"]) and same_items(found["val"], read["val"])
+    assert found["names"] == read["names"] and found["sentences"] == sum(len(p.sentences) for p in read["train"])
+    assert found["train"].sizes.tolist() == [list(p.size) for p in read["train"]]
+    for task, split in itertools.product(("vqa", "nlvr2", "caption", "flickr30k", "detection"), ("train", "val")):
+        found = index_task(task, world, split, str(tmp_path), Silent())
+        examples, categories = read_task(task, world, split, Silent())
+        assert same_items(found["examples"], examples) and found["categories"] == categories
+        for n, e in enumerate(examples):
+            with Image.open(e.files[0]) as image:
+                assert found["examples"].sizes[n].tolist() == [image.height, image.width]
+            assert (found["examples"].groups[n] == found["examples"].groups[0]) == (e.files == examples[0].files)
+    again = pickle.loads(pickle.dumps(found["examples"]))
+    assert again[-1].id == examples[-1].id and [e.id for e in again[1:3]] == [e.id for e in examples[1:3]]
+
+
+def test_the_index_is_read_again_only_when_a_source_changes(files, tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setattr(data_module, "read_pretraining", lambda *words: times.append(1) or read_pretraining(*words))
+    folder, said = str(tmp_path / "index"), [Silent(), Silent()]
+    first, again = (index_pretraining(files.folder, folder=folder, say=say) for say in said)
+    assert len(times) == 1 and same_items(first["train"], again["train"]) and said[0] == said[1] != []
+    files["coco/annotations/captions_train2017.json"]["annotations"][0]["caption"] = "another"
+    files.write("coco/annotations/captions_train2017.json")
+    changed = index_pretraining(files.folder, folder=folder, say=Silent())
+    assert len(times) == 2 and any("another" in p.sentences for p in changed["train"])
+    assert len([name for name in os.listdir(folder) if "." not in name]) == 1  # the stale one is gone
+    os.remove(f"{files.folder}/coco/train2017/{25:012d}.jpg")
+    assert "coco 25" in {p.name for p in changed["train"]}
+    assert "coco 25" not in {p.name for p in index_pretraining(files.folder, folder=folder, say=Silent())["train"]}
+
+
+def test_an_index_cut_short_leaves_nothing_that_is_read(world, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module.os, "rename", killed)
+        patch.setattr(data_module.shutil, "rmtree", lambda *_, **__: None)  # as if no handler had run: kill -9
+        with pytest.raises(KeyboardInterrupt):
+            index_pretraining(world, folder=str(tmp_path), say=Silent())
+    assert any(name.endswith(".unfinished") for name in os.listdir(tmp_path))
+    assert len(index_pretraining(world, folder=str(tmp_path), say=Silent())["train"]) == 64
+    assert not any(name.endswith(".unfinished") for name in os.listdir(tmp_path))
+
+
+def test_two_processes_at_once_read_once(world, tmp_path):
+    script = """
+import sys, time, data
+read = data.read_pretraining
+data.read_pretraining = lambda *words: (time.sleep(2), print("reads"), read(*words))[2]
+print(len(data.index_pretraining(sys.argv[1], folder=sys.argv[2])["train"]))
+"""
+    running = [subprocess.Popen([sys.executable, "-c", script, world, str(tmp_path)], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[0].splitlines() for process in running]
+    assert sorted(line for lines in said for line in lines if line in ("reads", "64")) == ["64", "64", "reads"]
+    assert sum("another process is reading" in line for lines in said for line in lines) == 1
+
+
+def test_an_index_that_cannot_be_written(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--index .*file: cannot be written .* another folder with --index DIR"):
+        index_pretraining(world, folder=str(tmp_path / "file"), say=Silent())
+    with pytest.raises(InputError, match="--data nowhere: no such folder"):
+        index_pretraining("nowhere", say=Silent())
+
+
+def test_lists_are_streamed_as_json_reads_them(tmp_path, monkeypatch):
+    path = str(tmp_path / "list.json")
+    rng = random.Random(0)
+    for n in (0, 1, 3, 400):
+        found = [{"number": i, "text": "}],[ \u00e9\"" * rng.randrange(400), "deep": [{"a": [1.5, None]}]}
+                 for i in range(n)]
+        for indent in (None, 1):
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(found, file, indent=indent, ensure_ascii=n == 3)
+                file.write("\n")
+            assert list(stream(path, "a test")) == found
+    for text, says in (("[{}", "cut off"), ("[{} {}]", "no comma"), ("[{}] x", "more after"), ("3", "list of records"),
+                       ("[1, 2]", "list of records"), ('[{"a": 1},]', "cut off"), ("", "not valid JSON"),
+                       ('[{"a": tru', "cut off")):
+        (tmp_path / "list.json").write_text(text)
+        with pytest.raises(InputError, match=says):
+            list(stream(path, "a test"))
+    with pytest.raises(InputError, match="not found, needed for a test"):
+        list(stream(str(tmp_path / "none.json"), "a test"))

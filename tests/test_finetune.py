@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import ROOT, TINY, small_model
 
 import evaluate
 import finetune
-from data import TaskSet, Tokenizer, collate_task, common_answers, read_karpathy, read_nlvr2, read_vqa
+from data import TaskSet, Tokenizer, collate_task, common_answers, index_task, read_karpathy, read_nlvr2, read_vqa
 from model import TASKS, load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -210,12 +211,12 @@ def a_batch(task, world, K, n=4):
     args = finetune.parse(["--task", task, "--init", "none", "--negatives", "2"])[0]
     args.short_sides = [64]
     tokenizer = Tokenizer(f"{world}/vocab.txt")
-    examples = read_vqa(world, "train") if task == "vqa" else read_karpathy(world, "flickr30k", "train")
-    answers = common_answers(examples) if task == "vqa" else []
+    found = index_task(task, world, "train", say=lambda text: None)
+    examples, answers = found["examples"], common_answers(found["targets"]) if task == "vqa" else []
     model = small_model(vocabulary=len(tokenizer), max_tokens=40, task=task, answers=len(answers), cls=tokenizer.cls,
                         pad=tokenizer.pad, sep=tokenizer.sep, mask=tokenizer.mask)
     trainset = TaskSet(task, examples, tokenizer, answers, short_sides=[64], long_side=96, sentences_per_picture=K)
-    return model, args, collate_task([trainset[0, i] for i in range(n)], tokenizer.pad)
+    return model, args, collate_task([trainset[0, i, 0] for i in range(n)], tokenizer.pad)
 
 
 def test_questions_that_share_a_picture_are_learnt_as_if_alone(world):
@@ -261,7 +262,8 @@ def test_the_papers_schedule():
 def test_splits_and_their_pictures(world):
     vqa = read_vqa(world, "train")
     assert len(vqa) == 4 * 48 and all(len(e.answers) == 10 and os.path.exists(e.files[0]) for e in vqa)
-    answers = common_answers(vqa + read_vqa(world, "val"))
+    targets = [Counter(index_task("vqa", world, split, say=lambda text: None)["targets"]) for split in ("train", "val")]
+    answers = common_answers(sum(targets, Counter()))
     assert {"yes", "no", "0", "1"} <= set(answers) and answers == sorted(answers)
     nlvr2 = read_nlvr2(world, "dev")
     assert all(len(e.files) == 2 and e.target in (0, 1) for e in nlvr2)
