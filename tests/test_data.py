@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -224,7 +225,9 @@ def test_visual_genome_with_its_flaws(files):
         {"object_id": 9, "names": ["unicorn"], "x": 4, "y": 3, "w": 8, "h": 6},                # not in the vocabulary
         {"object_id": 10, "names": [], "x": 4, "y": 3, "w": 8, "h": 6}]                        # no name
     files["vg/attributes.json"][0]["attributes"] += [{"object_id": 7, "attributes": None}, {"object_id": 11}]
-    files["vg/region_descriptions.json"][0]["regions"] += [{"phrase": " "}, {"phrase": None}, {"phrase": "a\u00e9 \n"}]
+    files["vg/region_descriptions.json"][0]["regions"] += [
+        {"phrase": " "}, {"phrase": None}, {"phrase": "a\u00e9 \n"}, {"phrase": "\u7ea2\u8272 12"},
+        *({"phrase": text, "x": x, "y": 1, "width": 2, "height": 3} for text, x in (("a", 1), ("A ", 1), ("a", 2)))]
     files.write()
     say = Silent()
     pictures, same, objects, attributes = read_vg(files.folder, say)
@@ -232,7 +235,8 @@ def test_visual_genome_with_its_flaws(files):
     assert labels.tolist() == [1, 0] and of_boxes == [(0, 1), ()]
     np.testing.assert_allclose(boxes, [[8 / 40, 6 / 30, 8 / 40, 6 / 30], [2.5 / 40, 2.5 / 30, 5 / 40, 5 / 30]],
                                rtol=1e-6)
-    assert pictures[1].sentences == ["region of 1", "a\u00e9"]
+    assert pictures[1].sentences == ["region of 1", "a\u00e9", "a", "a"]
+    assert "of 13 sentences left out 2 empty, 1 without a Latin letter, 1 there twice with the same box" in str(say)
     assert "of 10 boxes left out 1 empty or outside, 2 whose name is not in" in str(say)
     assert objects[1] == ["automobile", "car", "cars"] and attributes[1] == ["large", "big"] and same[2][0] == 25
 
@@ -384,6 +388,16 @@ def test_pictures_cut_off_or_too_large_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(InputError, match="a.jpg: .*decompression bomb.* cannot be decoded"):
         first_decodable(lambda i: [path], 0, 1)
+
+
+@pytest.mark.parametrize("size,short", [((480, 640), 800), ((640, 427), 480), ((333, 500), 608), ((900, 701), 64)])
+def test_pictures_are_resized_as_pillow_does(size, short):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    height, width = resized(*size, short)
+    pillow = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+    found = to_pixels(image, short)
+    assert found.dtype == torch.uint8 and found.shape == (3, height, width)
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - pillow).max() <= 1
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
@@ -710,3 +724,26 @@ def test_lists_are_streamed_as_json_reads_them(tmp_path, monkeypatch):
             list(stream(path, "a test"))
     with pytest.raises(InputError, match="not found, needed for a test"):
         list(stream(str(tmp_path / "none.json"), "a test"))
+
+
+class Reads(torch.utils.data.Dataset):
+    """Reads the record it is asked for; gives its process's own memory in MB."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, key):
+        assert len(self.pictures[key[1]].sentences) > 30
+        return bench.private_memory() if key[1] % 100 == 0 else -1.0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux to tell whose memory it is")
+def test_a_workers_memory_stays_flat(tmp_path):
+    """A tenth of full size: 18,000 pictures with 600,000 sentences, 2,000 batches of a loader worker."""
+    script = "import sys; sys.path.insert(0, 'tests'); import bench; bench.synthetic(sys.argv[1], 18_000, 600_000)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
+    pictures = data_module.indexed(f"{tmp_path}/data", None, "synthetic", [], None)["train"]
+    batches = take(Batches(pictures.sizes, 32), 2000)
+    loader = torch.utils.data.DataLoader(Reads(pictures), batch_sampler=batches, num_workers=1)
+    used = [float(value) for batch in loader for value in batch if value >= 0]
+    assert len(used) > 100 and max(used) - used[0] < 50

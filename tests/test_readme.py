@@ -36,6 +36,8 @@ def test_every_command_runs(world, tmp_path):
         script, flags = words[1], words[2:]
         if script == "pretrain.py":
             flags += SMALL + (["--data", "DIR"] if "--resume" not in flags else [])
+        elif "--resume" in flags:
+            flags += ["--steps", "2"]
         elif script == "finetune.py":
             flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
         elif script == "shapes.py":
