@@ -235,7 +235,8 @@ class Objective(nn.Module):
             repeated = torch.arange(N, device=tokens.device).repeat_interleave(n)
             pictures = torch.cat([picture, batch["other_pictures"].flatten(), picture[repeated]])
             sentences = torch.cat([repeated[::n], repeated, batch["other_sentences"].flatten()])
-            right, *wrong = model.similarity(grid.rows(pictures), tokens[sentences]).split([N, N * n, N * n])
+            scores = model.similarity(grid.rows(pictures), tokens[sentences]).sigmoid()
+            right, *wrong = scores.split([N, N * n, N * n])
             both = sum(circle_loss(right, w.view(N, n), args.margin, args.gamma).sum() for w in wrong)
             return {"loss_flickr30k": both / (2 * counts[0])}
         objects = model.detect(model.encode(grid, tokens if args.text == "caption" else None))

@@ -497,13 +497,15 @@ class E2EVLP(nn.Module):
         return self.pair(torch.cat(states.chunk(2), dim=-1))
 
     def similarity(self, grid, tokens):
-        """Retrieval: (B,) in 0..1, the ITM head's probability that each sentence belongs to its picture.
+        """Retrieval: (B,) log-odds, by the ITM head, that each sentence belongs to its picture; sigmoid: 0..1.
 
-        The head runs in float32 in any case: bf16 has so few digits that thousands of pairs would share a score.
+        Not the probability itself: of a trained model's pairs many have one that rounds to 1, and ties cannot be
+        ranked. The head runs in float32 in any case: bf16 has so few digits that thousands of pairs would be equal.
         """
         states = self.encode(grid, tokens).states[:, 0]
         with torch.autocast(states.device.type, enabled=False):
-            return self.itm(states.float()).softmax(-1)[:, 1]
+            logits = self.itm(states.float())
+        return logits[:, 1] - logits[:, 0]
 
     # -- generation ----------------------------------------------------------------------------------------------
 

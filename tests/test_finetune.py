@@ -237,7 +237,7 @@ def test_retrieval_loss_equals_a_loop_over_its_pairs(world):
     grid, total = model.encode_picture(batch["images"], batch["sizes"]), 0
 
     def score(picture, sentence):
-        return model.similarity(grid.rows(torch.tensor([picture])), batch["tokens"][sentence:sentence + 1])
+        return model.similarity(grid.rows(torch.tensor([picture])), batch["tokens"][sentence:sentence + 1]).sigmoid()
 
     for s in range(12):
         right = score(own[s], s)
@@ -245,6 +245,16 @@ def test_retrieval_loss_equals_a_loop_over_its_pairs(world):
                       [score(own[s], o) for o in batch["other_sentences"][s].tolist()]):
             total = total + finetune.circle_loss(right, torch.stack(wrong, 1)) / 24
     torch.testing.assert_close(found, total[0])
+
+
+def test_pairs_that_all_fit_surely_do_not_tie(world):
+    """As probabilities they would all be 1.0 in float32, and ties count as not found."""
+    model, _, batch = a_batch("flickr30k", world, 3)
+    with torch.no_grad():
+        model.itm[3].bias.copy_(torch.tensor([0.0, 30.0]))
+        scores = model.similarity(model.encode_picture(batch["images"], batch["sizes"]).rows(batch["picture"]),
+                                  batch["tokens"])
+    assert (scores.sigmoid() == 1).all() and len(set(scores.tolist())) == len(scores)
 
 
 def test_the_papers_schedule():
