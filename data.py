@@ -604,7 +604,7 @@ def read_task(task, data, split, say=print):
 # The index: what the readers found, in files that all processes map
 
 
-INDEX_VERSION = 1  # another number, and each index is built anew: raise it with any change of the readers or of Packed
+INDEX_VERSION = 2  # another number, and each index is built anew: raise it with any change of the readers or of Packed
 
 
 class Packed(Sequence):
@@ -614,9 +614,9 @@ class Packed(Sequence):
     references writes into the pages that the processes share, and each ends with its own copy (PyTorch issue 13246).
     Here all processes share the file's pages, and none has more of them than it looks at.
 
-    PATH.records: for each item its fields as JSON, a line end, then the bytes of its arrays; PATH.npz's arrays: ends
-    (N,) int64, where each record ends; sizes (N, 2), height and width; groups (N,), the same number for the same
-    pictures.
+    PATH.records: for each item its fields as JSON, a line end, then the bytes of its arrays; Beside it, as
+    PATH.NAME.npy: ends (N,) int64, where each record ends; sizes (N, 2), height and width; groups (N,), the same
+    number for the same pictures.
     """
 
     def __init__(self, path, data):
@@ -688,27 +688,38 @@ class Packed(Sequence):
 def indexed(data, folder, kind, sources, read, say=print):
     """What `read(say)` returns, with its lists as Packed: from the index, which is built if it is not there.
 
-    folder: where indexes lie, DATA/.index by default; kind: a word for it; sources: names below data of all files and
-    folders that are read. An index goes by their sizes and times: if one changes, it is built anew. Processes of one
-    machine build it once, the others wait; it appears whole or not at all. read: returns a dict of lists of Pictures
-    or Examples, and of plain values; what it says is said again each time. Raises InputError.
+    folder: where indexes lie, DATA/.index by default; kind: a word for it; sources: names below data of the files and
+    the picture folders that are read (of NLVR2 the files alone). An index goes by their sizes and times: if one
+    changes, it is built anew. Processes of one machine build it once, the others wait; it appears whole or not at all.
+    read: returns a dict of lists of Pictures or Examples, and of plain values; what it says is said again each time.
+    Raises InputError.
     """
+    if folder:  # one folder may serve several data folders
+        kind = f"{kind}-{hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:8]}"
     folder = folder or f"{data}/.index"
     found = [(name, status(f"{data}/{name}")) for name in sorted(sources)]
     state = [(name, s.st_size, s.st_mtime_ns) for name, s in found if s]
-    key = hashlib.sha256(repr((INDEX_VERSION, os.path.abspath(data), state)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((INDEX_VERSION, state)).encode()).hexdigest()[:16]
     path = f"{folder}/{kind}-{key}"
     if not os.path.isdir(path):
         if not os.path.isdir(data):
             raise InputError(f"--data {data}: no such folder; the README's data tree says what belongs in it")
         with index_file(f"{folder}/{kind}.lock") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            waited = not locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if waited:
                 say(f"{folder}: another process is reading the data; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                locked(lock, fcntl.LOCK_EX)
             if not os.path.isdir(path):
-                build_index(path, f"{folder}/{kind}", data, read)
+                lock.seek(0)
+                former = lock.read().decode().partition("\n")
+                if waited and former[0] == key:  # the one that was waited for failed: to read again would fail again
+                    raise InputError(former[2])
+                try:
+                    build_index(path, f"{folder}/{kind}", data, read)
+                except InputError as error:
+                    lock.truncate(0)
+                    lock.write(f"{key}\n{error}".encode())
+                    raise
     with open(f"{path}/about.json", encoding="utf-8") as file:
         about = json.load(file)
     for text in about["said"]:
@@ -716,11 +727,23 @@ def indexed(data, folder, kind, sources, read, say=print):
     return {**about["plain"], **{name: Packed(f"{path}/{name}", data) for name in about["lists"]}}
 
 
+def locked(file, how):
+    """Lock a file of the index: True, or False if another process has it and we are not to wait."""
+    try:
+        fcntl.flock(file, how)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise InputError(f"--index {os.path.dirname(file.name)}: cannot be locked ({error.strerror}); give a folder of "
+                         "a local disk with --index DIR") from None
+
+
 def index_file(path):
-    """A file of the index, opened to write."""
+    """A file of the index, opened to read and to add to."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, "wb")
+        return open(path, "ab+")
     except OSError as error:
         raise InputError(f"--index {os.path.dirname(path)}: cannot be written ({error.strerror}); give another folder "
                          "with --index DIR") from None
@@ -736,9 +759,10 @@ def build_index(path, stem, data, read):
         os.mkdir(unfinished)
         for name, items in list(found.items()):
             if isinstance(items, list) and items and isinstance(items[0], (Picture, Example)):
+                size = functools.cache(size_of)  # VQA asks several questions about a picture
                 for item in tqdm(items, "sizes of pictures", disable=None, leave=False):
                     if item.size is None:
-                        item.size = size_of(item.files[0])
+                        item.size = size(item.files[0])
                 lists[name] = Packed.write(f"{unfinished}/{name}", found.pop(name), data)
         with open(f"{unfinished}/about.json", "w", encoding="utf-8") as file:
             json.dump({"said": said, "plain": found, "lists": list(lists)}, file)
@@ -902,15 +926,20 @@ def first_decodable(files_of, index, total, short=None, long=None):
 
     One broken picture among 180,000 is not the end; 20 in a row are: then InputError names the first.
     """
-    broken = []
-    for _ in range(min(total, 21)):
-        images = []
-        try:
-            for file in files_of(index):
-                images.append(load_picture(file, short, long))
-            return images, index, broken
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
-            broken.append(f"{file}: {error}")
+    broken, bad = [], set()
+    for _ in range(total):
+        files = files_of(index)
+        if bad.isdisjoint(files):  # the next questions are often about the same picture
+            try:
+                images = []
+                for file in files:
+                    images.append(load_picture(file, short, long))
+                return images, index, broken
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+                broken.append(f"{file}: {error}")
+                bad.add(file)
+        if len(broken) > 20:
+            break
         index = (index + 1) % total
     raise InputError(f"{broken[0]}: cannot be decoded, nor can the {len(broken) - 1} pictures after it; mend or remove "
                      "them")
@@ -1159,7 +1188,7 @@ class Batches(torch.utils.data.Sampler):
             epochs = places // N
             orders = {epoch: orders.get(epoch) if epoch in orders else self.order(epoch) for epoch in np.unique(epochs)}
             pictures = np.array([orders[epoch][place] for epoch, place in zip(epochs, places % N)])
-            # By pass first: the same picture must not meet itself
+            # By pass first: so a picture meets itself at most in the one batch that spans two passes
             chosen = np.lexsort((self.ratios[pictures], epochs)).reshape(self.piece, self.batch)
             rng = np.random.default_rng((self.seed, number, 1))
             draws = rng.integers(2 ** 31, size=self.piece)
@@ -1181,7 +1210,11 @@ def start_processes(device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        advice = "start no more processes than there are GPUs" if torch.cuda.device_count() else "try cpu"
+        problem = f"--device {device}: cannot be used ({str(error).splitlines()[0]}); {advice}"
+        if int(os.environ.get("RANK", 0)) and torch.cuda.device_count():  # the first process has a GPU: it says nothing
+            print(problem, file=sys.stderr)
+        raise InputError(problem) from None
     if world == 1:
         return 0, 1, device
     rank = int(os.environ["RANK"])
@@ -1260,13 +1293,13 @@ def describe(data, folder=None):
                 if getattr(picture, name) is not None:
                     counts[f"{name} boxes"] += len(getattr(picture, name)[0])
             counts["attributes"] += sum(map(len, picture.vg[2])) if picture.vg is not None else 0
-        # Every training picture against every picture that something is tested on, by number
+        # Every training picture against those that something is tested on, by the numbers that its own set gives it
         coco, flickr = held_out(data, lambda text: None)
-        number = {p.name: p.name.split()[1] for p in found["train"]}
-        other = read_vg(data, lambda text: None)[1] if "vg" in sets else {}
+        links = read_json(f"{data}/vg/image_data.json", "Visual Genome") if "vg" in sets else []
+        other = {r["image_id"]: (r.get("coco_id"), r.get("flickr_id")) for r in links}
+        numbers = [(p.name.startswith("coco"), int(p.name.split()[1])) for p in found["train"]]
         counts["in a val or test split"] = sum(
-            (int(n) in coco if name.startswith("coco") else other[int(n)][0] in coco or other[int(n)][1] in flickr)
-            for name, n in number.items())
+            n in coco if is_coco else other[n][0] in coco or other[n][1] in flickr for is_coco, n in numbers)
         return dict(counts)
 
     def task(name, split):

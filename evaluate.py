@@ -350,6 +350,14 @@ def measure_with_blind(model, tokenizer, names, pictures, **settings):
 ANSWER_TYPES = ("yes/no", "number", "other")
 
 
+def answer_type(record):
+    """An annotation's "answer_type"; some copies of the files leave it out, then it goes by what most people said."""
+    if "answer_type" in record:
+        return record["answer_type"]
+    most = Counter(normalise_answer(a["answer"]) for a in record["answers"]).most_common(1)[0][0]
+    return "yes/no" if most in ("yes", "no") else "number" if most.isdigit() else "other"
+
+
 def vqa_scores(answers, annotations):
     """{"overall", "yes/no", "number", "other"}: accuracy in percent; a kind without a question is left out.
 
@@ -365,7 +373,7 @@ def vqa_scores(answers, annotations):
         agree = sum(t == answer for t in truth)
         value = sum(min(1, (agree - (t == answer)) / 3) for t in truth) / len(truth)
         accuracy["overall"].append(value)
-        accuracy[record["answer_type"]].append(value)
+        accuracy[answer_type(record)].append(value)
     return {kind: 100 * sum(accuracy[kind]) / len(accuracy[kind]) for kind in ("overall", *ANSWER_TYPES)
             if accuracy[kind]}
 
@@ -801,13 +809,9 @@ def score_files(task, results, against, questions=None):
         records = _listed(against, truth, "annotations", {"question_id": int, "answers": RECORDS})
         for r in records:
             _listed(f"{against}, question_id {r['question_id']}", r, "answers", {"answer": str})
-            if "answer_type" not in r:  # some copies leave it out: it goes by what most people said
-                most = Counter(normalise_answer(a["answer"]) for a in r["answers"]).most_common(1)[0][0]
-                r["answer_type"] = "yes/no" if most in ("yes", "no") else "number" if most.isdigit() else "other"
-            if r["answer_type"] not in ANSWER_TYPES:
-                raise InputError(f"{against}: question_id {r['question_id']}: answer_type "
-                                 f"{str(r['answer_type'])[:40]!r} is not one of {', '.join(ANSWER_TYPES)}; give VQA "
-                                 "v2's annotations")
+            if answer_type(r) not in ANSWER_TYPES:
+                raise InputError(f"{against}: question_id {r['question_id']}: answer_type {str(answer_type(r))[:40]!r} "
+                                 f"is not one of {', '.join(ANSWER_TYPES)}; give VQA v2's annotations")
         wanted, asked = [r["question_id"] for r in records], None
         if questions is not None:
             asked = _listed(questions, _read_json(questions), "questions", {"question_id": int})
@@ -1141,6 +1145,11 @@ def write_results(path, task, results):
     os.replace(f"{path}.tmp", path)
 
 
+def say_first(rank):
+    """print for the first process, silence for the others."""
+    return print if rank == 0 else lambda *words: None
+
+
 def run(args, rank=0, world=1):
     """{measure: value} of what the flags ask for, and the files they name; collective."""
     if args.score:
@@ -1174,12 +1183,12 @@ def run(args, rank=0, world=1):
                         args.blind, "text": args.text or state["args"].get("text", "caption")})
 
     def read():
-        data = index_pretraining(args.data, state["args"]["sets"], args.index)
+        data = index_pretraining(args.data, state["args"]["sets"], args.index, say_first(rank))
         if data["names"] != names:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
         if not data["val"]:
             raise InputError(f"--data {args.data}: no held-out picture with a sentence")
-        return decodable(data["val"][:args.examples or 1000])
+        return decodable(data["val"][:args.examples or 1000], say_first(rank))
 
     pictures = attempt(read, world)
     if args.sheet and rank == 0:
@@ -1193,13 +1202,14 @@ def run_task(args, model, tokenizer, names, settings):
     rank, world = settings["rank"], settings["world"]
 
     def read():
-        found = index_task(args.task, args.data, args.split, args.index)
+        found = index_task(args.task, args.data, args.split, args.index, say_first(rank))
         if args.task == "detection" and found["categories"] != names["coco"]:
             raise InputError(f"--data {args.data}: COCO's categories are not those of {args.checkpoint}")
-        rows, examples = None, found["examples"][:args.examples or None]
+        rows, examples = None, found["examples"][:args.examples] if args.examples else found["examples"]
         if args.task == "flickr30k" and args.submit:
             with open(args.checkpoint, "rb") as file:
                 key = {"checkpoint": hashlib.sha256(file.read()).hexdigest(), "blind": args.blind, "amp": args.amp,
+                       "scores": "log-odds",
                        "pictures": hashlib.sha256(repr([(e.id, e.sentences) for e in examples]).encode()).hexdigest()}
             rows = Rows(args.submit, rank, key, sum(len(e.sentences) for e in examples))
             rows.read()

@@ -144,6 +144,9 @@ def parse(argv):
             if getattr(args, flag) != state["args"][flag]:
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'][flag]}; leave the flag away")
+        if bool(args.lr_backbone) != bool(state["args"]["lr_backbone"]):
+            raise InputError(f"--lr-backbone {args.lr_backbone}: a resumed run cannot freeze or unfreeze the ResNet; "
+                             f"it has {state['args']['lr_backbone']}")
     elif not args.task or not args.init:
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume")
     else:
@@ -199,7 +202,9 @@ def circle_loss(right, wrong, margin=0.25, gamma=32.0):
 
 
 def draw_others(own, candidates, n, generator):
-    """(N, n) int64: for each of `own` (N,) n different places in `candidates` (M,) that do not hold the same number."""
+    """(N, n) int64: for each of `own` (N,) n different places in `candidates` (M,) that do not hold the same number,
+    as long as there are so many.
+    """
     chance = torch.rand(len(own), len(candidates), generator=generator)
     return chance.masked_fill(own[:, None] == candidates, -1).topk(n).indices
 
@@ -331,7 +336,8 @@ def train(args, state):
                 raise InputError(f"{args.data}/vqa: no answer was given to 9 questions; give --answers FILE")
         if args.task == "nlvr2" and targets.total() < len(found["examples"]):
             raise InputError(f"{args.data}/nlvr2/train.json: has records without a label, which training needs")
-        return (found["examples"], held["examples"][:args.val_examples or None], targets, answers,
+        val = held["examples"][:args.val_examples] if args.val_examples else held["examples"]
+        return (found["examples"], val, targets, answers,
                 *build(args, state, answers, found["categories"], say))
 
     examples, val, targets, answers, model, tokenizer, names = attempt(prepare, world)
@@ -358,7 +364,9 @@ def train(args, state):
     step, before, best = 0, 0.0, -math.inf
     if args.resume:
         optimizer.load_state_dict(state["optimizer"])
-        step, before, best = state["step"], state["seconds"], state["best"]
+        step, before = state["step"], state["seconds"]
+        if os.path.exists(f"{args.output}/best.pt"):
+            best = load_checkpoint(f"{args.output}/best.pt")["best"]
     objective = Objective(model, args)
     if world > 1:
         objective = DistributedDataParallel(objective)
@@ -383,7 +391,7 @@ def train(args, state):
     log, kept = os.path.join(args.output, "log.jsonl"), {k: v for k, v in vars(args).items() if k != "resume"}
     broken, seen, spent = set(), 0, before
     started = logged = saved = time.time()
-    next_val = args.val_every * (step / batches.per_epoch // args.val_every + 1)
+    next_val = state["next_val"] if args.resume else args.val_every
 
     def write_log(line):
         if rank == 0:
@@ -393,7 +401,7 @@ def train(args, state):
     def save(name, **more):
         if rank == 0:
             save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
-                            seconds=spent, best=best, **more)
+                            seconds=spent, best=best, next_val=next_val, **more)
 
     def score(said):
         return score_answers(args.task, said, val, args.data, "val", args.objects)
@@ -406,14 +414,16 @@ def train(args, state):
         if mark > best:
             best = mark
             save("best.pt", scores=scores)
-        save("last.pt", scores=scores, optimizer=optimizer.state_dict())
 
     def validate():
+        nonlocal next_val
         save("last.pt", optimizer=optimizer.state_dict())  # first of all: what goes wrong below loses no training
         said = answer_task(args.task, model, tokenizer, names, val, short=max(args.short_sides), long=args.long_side,
                            device=device, text=args.text, batch_size=share // parts, amp=args.amp == "bf16", rank=rank,
                            world=world)
         attempt(lambda: rank == 0 and keep(score(said)), world)
+        next_val += args.val_every
+        save("last.pt", optimizer=optimizer.state_dict())  # now with this validation done
         to_training()
 
     if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with
@@ -484,7 +494,6 @@ def train(args, state):
             logged, seen = time.time(), 0
         if step / batches.per_epoch >= next_val and not done:
             validate()
-            next_val += args.val_every
             logged, seen = time.time(), 0
         if time.time() - saved > args.checkpoint_minutes * 60:
             save("last.pt", optimizer=optimizer.state_dict())

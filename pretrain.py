@@ -83,7 +83,7 @@ def parse(argv):
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
     g.add_argument("--vocab", help="WordPiece vocabulary (default: DATA/vocab.txt)")
     g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES),
-                   help="scale augmentation: one is drawn for each visit, pixels")
+                   help="scale augmentation: one is drawn for each batch, pixels")
     g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
     g.add_argument("--sentences-per-picture", type=int, default=1, help="sentences that share one backbone pass")
     g.add_argument("--without-sentence", type=float, default=0.25, help="share of pictures detected without a sentence")
@@ -142,7 +142,7 @@ def parse(argv):
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
-                "max_broken", "val_every", "val_examples", "margin")
+                "max_broken", "val_every", "val_examples", "margin", "seed")
 
 
 def check_flags(args):

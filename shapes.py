@@ -9,7 +9,7 @@ written as the real data sets are (the README has the tree), so that the readers
     coco       boxes, five captions a picture, Karpathy's splits     train 3/4 of --train, val2017 = --val + --test
     vg         boxes with attributes, regions                        a third of coco's train, all of its val2017, and
                                                                      1/4 of --train that are in no other set
-    vqa        four questions a picture, each answered by ten        on coco's pictures; test2015 has its own
+    vqa        four questions or less, each answered by ten people   on coco's pictures; test2015 has its own
     nlvr2      statements about two pictures                         3/8 of --train, twice --val, twice --test
     flickr30k  five sentences that are true of one picture only      1/4 of --train, --val, --test
 
@@ -325,7 +325,8 @@ def ask(rng, pictures):
     """Four questions about each picture and, in VQA's format, what ten people answered: (questions, annotations).
 
     As in VQA v2, a question whether or how many there are is asked about two pictures that answer it differently, so
-    that its words do not give the answer away. Where no second picture is found, a picture may have fewer than four.
+    that its words do not give the answer away; a relation and its opposite are asked equally often. Where no second
+    picture is found, a picture may have fewer than four.
     """
     asked = [{} for _ in pictures]  # of each picture: question -> (type, answer, all answers there are)
     free = list(range(len(pictures)))  # the pictures that can have more questions

@@ -697,6 +697,41 @@ print(len(data.index_pretraining(sys.argv[1], folder=sys.argv[2])["train"]))
     assert sum("another process is reading" in line for lines in said for line in lines) == 1
 
 
+def test_who_waited_for_a_reader_that_failed_does_not_read_again(world, tmp_path):
+    script = """
+import sys, time, data
+def read(*words):
+    print("reads", flush=True)
+    time.sleep(2)
+    raise data.InputError("this file: is broken")
+data.read_pretraining = read
+try:
+    data.index_pretraining(sys.argv[1], folder=sys.argv[2])
+except data.InputError as error:
+    print(error)
+"""
+    running = [subprocess.Popen([sys.executable, "-c", script, world, str(tmp_path)], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE) for _ in range(3)]
+    said = [line for process in running for line in process.communicate()[0].splitlines()]
+    assert said.count("reads") == 1 and said.count("this file: is broken") == 3
+    assert len(index_pretraining(world, folder=str(tmp_path), say=Silent())["train"]) == 64
+
+
+def test_two_data_folders_can_share_an_index_folder(files, world, tmp_path):
+    for _ in range(2):
+        for data in (files.folder, world):
+            index_pretraining(data, folder=str(tmp_path / "index"), say=Silent())
+    assert len([name for name in os.listdir(tmp_path / "index") if "." not in name]) == 2
+
+
+def test_a_broken_picture_with_many_questions_is_tried_once(tmp_path):
+    path, good = str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    picture(good)
+    images, index, broken = first_decodable(lambda i: [path] if i < 40 else [good], 3, 41)
+    assert len(images) == 1 and index == 40 and len(broken) == 1
+
+
 def test_an_index_that_cannot_be_written(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--index .*file: cannot be written .* another folder with --index DIR"):
