@@ -132,6 +132,7 @@ def stream(path, purpose):
                 leave=False) as bar:
             if file.read(1024).lstrip()[:1] != "[":
                 yield from records(path, read_json(path, purpose))  # says what is wrong with it
+                return
             file.seek(0)
             separator = "["  # what must stand before the next record
             while True:
