@@ -107,7 +107,7 @@ class DetrPictures(torch.utils.data.Dataset):
 
 def row(name, ours, peer, unit, target, how, more_is_better=True, limit=None):
     """A row of the table; limit: `ours` must also be below it."""
-    ratio = ours / peer if more_is_better else peer / ours
+    ratio = (ours if more_is_better else peer) / max(peer if more_is_better else ours, 1e-3)  # it can be nothing at all
     holds = ratio >= target if limit is None else ours <= limit
     return {"name": name, "ours": round(ours, 4), "peer": round(peer, 4), "unit": unit, "ratio": round(ratio, 2),
             "target": target if limit is None else limit, "holds": bool(holds), "how": how}
