@@ -772,7 +772,6 @@ class Reads(torch.utils.data.Dataset):
         return bench.private_memory() if key[1] % 100 == 0 else -1.0
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux to tell whose memory it is")
 def test_a_workers_memory_stays_flat(tmp_path):
     """A tenth of full size: 18,000 pictures with 600,000 sentences, 2,000 batches of a loader worker."""
     script = "import sys; sys.path.insert(0, 'tests'); import bench; bench.synthetic(sys.argv[1], 18_000, 600_000)"
