@@ -4,9 +4,11 @@ A detector that answers with a set has a problem that a classifier has not: whic
 object? The 100 answers have no order. DETR's solution is to find the one-to-one assignment that costs least (Eq. 1,
 "bipartite matching", solved exactly by the Hungarian algorithm) and then to compare each answer with its partner. The
 answers without a partner are to say "no object". Because the matching is one to one, two answers for the same object
-cannot both be right, so duplicates are unlearnt and no non-maximum suppression is needed.
+cannot both be right, so duplicates are unlearnt (the decoder's queries see each other) and no non-maximum suppression
+is needed. Matching belongs to training: later, each query's most probable class and its box are taken as they are.
 
-Boxes are cxcywh as fractions of the unpadded picture (0 .. 1) unless a name says xyxy.
+Boxes are cxcywh as fractions of the unpadded picture (0 .. 1) unless a name says xyxy. Of the padded one they would
+depend on the other pictures of the batch, and the model could not know them: it sees nothing of the padding.
 """
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 NO_OBJECT_WEIGHT = 0.1
-# How the named losses are summed (DETR's weights; the attributes' is ours).
+# How the named losses are summed (DETR's weights; the attributes' is ours). The matching weighs its costs alike.
 LOSS_WEIGHTS = {"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_attribute": 1.0}
 
 
@@ -68,7 +70,7 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
     then says for which pictures.
 
     No gradient goes through the matching: an assignment is a choice, it has no derivative. What is differentiated is
-    the loss of the pairs that were chosen, exactly as in max-pooling.
+    the loss of the pairs that were chosen (in `set_loss`), exactly as in max-pooling.
     """
     L, B, Q, _ = logits.shape
     device = logits.device
@@ -102,7 +104,8 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
 
 def count(targets, queries, no_object_weight=NO_OBJECT_WEIGHT):
     """What the losses are divided by, (3,) float32: boxes; the sum of class weights in one layer; boxes that have
-    attributes. They are sums, so those of several batches or processes may simply be added.
+    attributes. They are sums, so those of several batches or processes may simply be added. And they should be: were
+    each process's losses divided by its own count, an object would weigh more where there are few beside it.
     """
     boxes = weight = described = 0.0
     for t in targets:
@@ -125,6 +128,7 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     Returns {"loss_class", "loss_bbox", "loss_giou", "loss_attribute"}: scalars, normalised, not yet weighted by
     LOSS_WEIGHTS. The earlier layers' losses ("auxiliary") count like the last one's: each layer has its own matching
     and learns to give a whole answer, which the next refines; without them the gradient reaches early layers late.
+    Its own, because an early layer may have an object at another query than the last layer has it in the end.
     """
     boxes = full_precision(outputs["boxes"])
     L, B, Q, _ = boxes.shape
@@ -153,6 +157,8 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
         weight[none] = no_object_weight
         loss_class = loss_class + F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight=weight,
                                                   reduction="sum") / class_weight
+        # Here the boxes' gradient begins: the matching only says which boxes to pick, and a picked box is compared with
+        # its object below. A box without a partner gets no gradient; its query learns "no object" by its class alone.
         at = torch.tensor(pictures, device=device)[picture]
         found.append(boxes[layer, at, query])
         wanted.append(torch.cat([t["boxes"] for t in own])[row].to(boxes.dtype))

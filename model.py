@@ -7,6 +7,8 @@ Read from top to bottom. A picture and a sentence go through it like this (B pic
                                                                   +--> decoder + queries -> objects (section 3.1.3)
     grid alone -------------------------------------> encoder -------> decoder + words -> caption (section 3.1.3)
 
+`python model.py` takes a picture and a sentence this way and prints what comes out of each step and what it costs.
+
 Departures from the paper, each with its reason in the README's table of choices:
   - 256 units do not divide into 12 heads: a head is 32 wide, so attention projects 256 -> 384 -> 256;
   - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes of Table 5);
@@ -17,8 +19,10 @@ attended to) and False means padding. That is what F.scaled_dot_product_attentio
 opposite of nn.MultiheadAttention's key_padding_mask and of DETR's NestedTensor.
 """
 
+import argparse
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -27,7 +31,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from data import IMAGE_MEAN, IMAGE_STD, InputError
+from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError
 
 TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
@@ -66,7 +70,10 @@ class Config:
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """Batch norm with fixed statistics. torchvision's returns float32 for bf16 input, and so the whole ResNet would."""
+    """Batch norm with fixed statistics: a process's few large pictures are too small a sample to measure new ones.
+
+    torchvision's returns float32 for bf16 input, and so the whole ResNet would.
+    """
 
     def forward(self, x):
         return super().forward(x).to(x.dtype)
@@ -257,6 +264,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x, positions, mask):
         # Positions go to queries and keys but not to values: they decide who looks at whom; what is carried along is
         # content alone. And they go in at each layer, because post-norm layers soon wash out what was added once.
+        # How can a box be told from that? What is carried along depends on who looks where, and the zeros around the
+        # input of each convolution of the ResNet leave traces of the place in the content itself.
         where = x + positions
         x = self.norm1(x + self.dropout(self.attention(where, self.attention.keys_values(where, x), mask)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
@@ -265,8 +274,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention among the things being decoded, cross-attention to the encoding, feed-forward.
 
-    One set of parameters serves both uses (section 3.1.3): object queries, which see each other freely, and the words
-    of a caption, which see only the words before them.
+    One set of parameters serves both uses (section 3.1.3): object queries, which see each other freely (so two of them
+    need not report the same object), and the words of a caption, which see only the words before them.
     """
 
     def __init__(self, config):
@@ -278,6 +287,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, query_positions, memory, causal=False, cache=None):
         """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
+        # Each side has positions of its own, again for queries and keys only: query_positions (learned for object
+        # queries, 0 for words, whose embedding has them) here and in cross-attention's queries, the grid's in its keys.
         where = x + query_positions
         own = self.self_attention.keys_values(where, x)
         if cache is not None:  # x is only the newest word: its keys and values join those of the words before it
@@ -342,7 +353,9 @@ class E2EVLP(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         # An object query is a learned position in "the space of possible objects", not a place in the picture: training
-        # makes one ask "what is large and left of the middle?", another "what small thing is at the top?".
+        # makes one ask "what is large and left of the middle?", another "what small thing is at the top?". The vectors
+        # are parameters like all others, the same for each picture; nn.Embedding only holds them, nothing is looked up.
+        # There are far more of them than objects (COCO has 7 in a picture on average), so each can have its speciality.
         self.query_positions = nn.Embedding(c.queries, c.width)
         # Heads of the encoder (section 3.1.2)
         self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
@@ -350,7 +363,8 @@ class E2EVLP(nn.Module):
         # BERT puts a tanh here. [CLS] starts nearly the same for all pairs; in a trial a fifth of the tanh's inputs lay
         # in its flat part, where hardly any gradient passes.
         self.itm = ClassifierHead(c.width, c.width, 2)
-        # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class means "no object"
+        # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class means "no object".
+        # Labels count from 0 without gaps; COCO's own numbers go up to 90 with gaps, hence the 91 classes of DETR.
         self.classes = nn.ModuleDict({name: nn.Linear(c.width, n + 1) for name, n in c.classes.items()})
         self.box = MLP(c.width, 4)
         self.attribute = nn.Linear(c.width, c.attributes)
@@ -421,7 +435,8 @@ class E2EVLP(nn.Module):
         """Detection: (L, B, Q, D), the output after each of the L layers, for auxiliary losses."""
         B = memory.states.shape[0]
         # Why zero targets? A query starts with no content at all, only with its position; what it is about comes from
-        # the encoding by cross-attention. (DETR names these zeros `tgt`.)
+        # the encoding by cross-attention. (DETR names these zeros `tgt`.) Until then, in the first layer's
+        # self-attention, the values of all queries are alike: it has nothing to tell yet.
         x = memory.states.new_zeros(B, self.config.queries, self.config.width)
         outputs = []
         for layer in self.decoder:
@@ -435,6 +450,8 @@ class E2EVLP(nn.Module):
         attributes: (L, B, Q, A) logits. Layer L - 1 is the answer, the others are for the auxiliary losses.
         """
         x = self.decode_objects(memory)
+        # All layers share their heads: each says the same kind of thing, and the next may refine it. A box is given
+        # itself, not as a shift of an anchor; the sigmoid keeps its centre and size between 0 and 1.
         return {"logits": {name: head(x) for name, head in self.classes.items()},
                 "boxes": self.box(x).float().sigmoid(), "attributes": self.attribute(x)}
 
@@ -442,6 +459,7 @@ class E2EVLP(nn.Module):
         """Caption logits (B, T, V) for the word after each of tokens (B, T), which begin with [CLS] (Eq. 2).
 
         memory must be an encoding of the picture alone: had the encoder seen the sentence, the decoder could copy it.
+        From the words that it is given itself, causal attention hides the later ones.
         """
         x = self.sentence(tokens, start).to(memory.states.dtype)
         for i, layer in enumerate(self.decoder):
@@ -641,3 +659,127 @@ def load_weights(model, state, say=print):
         if k not in own:
             say(f"  in the checkpoint but not used: {k}")
     model.load_state_dict(fitting, strict=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The walk: `python model.py` takes one picture and one sentence through the model and prints what each step costs
+
+
+@torch.no_grad()
+def walk(config, height, width, words):
+    """The forward pass of pre-training, step by step, for a picture of random pixels and a sentence of random words.
+
+    height, width: pixels; words: word pieces, [CLS] and [SEP] included. Returns rows (step, shape of what comes out,
+    parameters, FLOPs, name in this file, place in the paper). A parameter counts in the first row that uses it.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # here, since nothing else needs them
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, rows, known = E2EVLP(config).eval(), [], set()
+    resnet, project, mlm_bias = model.backbone.resnet, model.backbone.project, nn.ParameterList([model.mlm_bias])
+    encoder, decoder = f"encoder, {config.encoder_layers} layers", f"decoder, {config.decoder_layers} layers"
+
+    def row(step, out, name, paper, *parts):
+        own = {p for part in parts for p in part.parameters()}
+        shared = " (shared)" if own & known else ""
+        flops = counter.get_total_flops() - sum(r[3] for r in rows)  # those since the row before
+        rows.append((step + shared, tuple(out.shape), sum(p.numel() for p in own - known), flops, name, paper))
+        known.update(own)
+
+    def row_after(module, step, name, *parts):  # for what is inside of the parts that are called below
+        module.register_forward_hook(lambda _module, _inputs, out: row(step, out, name, "3.1.1", *parts))
+
+    row_after(resnet.maxpool, "ResNet stem", "Backbone.forward", resnet.conv1, resnet.bn1)
+    for name, stage in resnet.named_children():
+        if name.startswith("layer"):
+            row_after(stage, f"ResNet {name}", "Backbone.forward", stage)
+    row_after(project, f"1x1 projection to D = {config.width}", "Backbone.forward", project)
+    row_after(model.sentence, "sentence embedding", "SentenceEmbedding", model.sentence)
+    model.caption.register_forward_pre_hook(lambda _module, inputs: row(
+        f"{decoder}: words", inputs[0], "E2EVLP.decode_caption", "3.1.3", model.decoder))
+
+    images = torch.randint(256, (1, 3, height, width), dtype=torch.uint8)
+    tokens = torch.randint(config.mask + 1, config.vocabulary, (1, words))
+    tokens[:, 0], tokens[:, -1] = config.cls, config.sep
+    hidden = max(1, round(0.15 * (words - 2)))  # MLM's share of the words; the first ones stand for them
+    # Attention by its formula: some PyTorch releases do not count what their quick attention for CPUs computes.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        row("pixels", images, "E2EVLP.encode_picture", "3.1.1")
+        grid = model.encode_picture(images, torch.tensor([[height, width]]))
+        row("sine positions", grid.positions, "sine_positions", "3.1.1")
+        joint = model.encode(grid, tokens)
+        row(f"{encoder}: words and grid", joint.states, "E2EVLP.encode", "3.1.2", model.encoder)
+        row(f"MLM head, hidden words: {hidden}", model.guess_words(joint.states[0, 1:1 + hidden]), "E2EVLP.guess_words",
+            "3.1.2", model.mlm_transform, model.sentence.token, mlm_bias)
+        row("ITM head", model.itm(joint.states[:, 0]), "E2EVLP.forward", "3.1.2", model.itm)
+        alone = model.encode(grid)
+        row(f"{encoder}: grid", alone.states, "E2EVLP.encode", "3.1.3", model.encoder)
+        x = model.decode_objects(joint)
+        row(f"{decoder}: queries", x, "E2EVLP.decode_objects", "3.1.3", model.decoder, model.query_positions)
+        for name, head in model.classes.items():
+            row(f"class head, {name}", head(x), "E2EVLP.detect", "3.1.3, Eq. 1", head)
+        row("box head", model.box(x).sigmoid(), "E2EVLP.detect", "3.1.3, Eq. 1", model.box)
+        row("attribute head", model.attribute(x), "E2EVLP.detect", "3.1.3", model.attribute)
+        caption = model.decode_caption(alone, tokens[:, :-1])
+        row("caption head", caption, "E2EVLP.decode_caption", "3.1.3, Eq. 2", model.caption)
+    return rows
+
+
+def parse(argv):
+    """The flags: a Config and [height, width, words]. Raises InputError."""
+    def stop(message):  # argparse's own complaints become one line as well
+        raise InputError(message)
+
+    c, parser = Config(), argparse.ArgumentParser(
+        description="Walk one picture and one sentence through the model; print each step's shape and cost.",
+        formatter_class=HelpFormatter)
+    parser.error = stop
+    g = parser.add_argument_group("picture and sentence")
+    g.add_argument("--height", type=int, default=800, help="of the picture, in pixels, 1 to 2000")
+    g.add_argument("--width", type=int, default=1333, help="of the picture, in pixels, 1 to 2000")
+    g.add_argument("--words", type=int, default=12, help=f"word pieces, [CLS] and [SEP] included, 3 to {c.max_tokens}")
+    g = parser.add_argument_group("model")
+    g.add_argument("--backbone", default=c.backbone, help="ResNet-18 .. ResNet-152: " + ", ".join(BACKBONES))
+    g.add_argument("--stride", type=int, default=c.stride, help="pixels per grid cell: 16 or 32")
+    g.add_argument("--hidden", type=int, default=c.width, help="hidden units, D (called width in Config)")
+    g.add_argument("--heads", type=int, default=c.heads, help=f"attention heads, {c.head_width} units each")
+    g.add_argument("--feed-forward", type=int, default=c.feed_forward, help="units between the feed-forward layers")
+    g.add_argument("--encoder-layers", type=int, default=c.encoder_layers, help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=int, default=c.decoder_layers, help="6 in the paper")
+    g.add_argument("--queries", type=int, default=c.queries, help="objects that can be found in a picture, at most")
+    flags = vars(parser.parse_args(argv))
+    bounds = {"height": (1, 2000), "width": (1, 2000), "words": (3, c.max_tokens)}
+    for flag, value in flags.items():
+        least, most = bounds.get(flag, (1, 4096))
+        if flag != "backbone" and not least <= value <= most:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
+    if flags["hidden"] % 4:
+        raise InputError(f"--hidden {flags['hidden']}: must be a multiple of 4 (sine positions take a quarter each)")
+    sizes = [flags.pop(flag) for flag in bounds]
+    return Config(width=flags.pop("hidden"), **flags), sizes
+
+
+def main(argv=None):
+    try:
+        config, (height, width, words) = parse(argv)
+        rows = walk(config, height, width, words)
+    except InputError as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        return 2
+    rows.append(("total", "", sum(r[2] for r in rows), sum(r[3] for r in rows), "E2EVLP.forward", "3.2, Eq. 3"))
+    table = [("step", "shape of the output", "parameters", "FLOPs", "in model.py", "paper"),
+             *((step, str(shape), f"{n:,}", f"{flops:,}", *where) for step, shape, n, flops, *where in rows)]
+    a, b, c, d, e, _ = (max(map(len, column)) for column in zip(*table))
+    print(f"A picture of {height} x {width} pixels and a sentence of {words} word pieces, random like the weights "
+          f"({config.backbone}).\n")
+    for step, shape, n, flops, name, paper in table:
+        print(f"{step:{a}}  {shape:{b}}  {n:>{c}}  {flops:>{d}}  {name:{e}}  {paper}")
+    print("""
+words and grid: [CLS] w1 .. wm [SEP] o1 .. oS. (shared): an earlier row has these parameters (of the MLM head's, the
+matrix), and they count once. FLOPs: 2 for each multiply-add of convolutions, linear layers and attention, as
+torch.utils.flop_counter counts them; norms, activations and sums are not counted.""")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
