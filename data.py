@@ -20,8 +20,11 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 
@@ -889,8 +892,8 @@ def normalise_answer(text):
 # Pictures
 
 
-def load_picture(path, short=None, long=None):
-    """An RGB picture, pixels as stored: COCO's boxes are for those, so an EXIF rotation is not applied.
+def load_picture(path, short=None, long=None, upright=False):
+    """An RGB picture, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only applied if `upright`.
 
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of its
     size, which leaves out most of the work. 16 bits become 8, what is transparent becomes white, of a moving picture
@@ -900,6 +903,8 @@ def load_picture(path, short=None, long=None):
         if short is not None and image.format == "JPEG":
             height, width = resized(image.height, image.width, short, long)
             image.draft(None, (width, height))
+        if upright:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
         elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -1204,16 +1209,31 @@ class Batches(torch.utils.data.Sampler):
 
 
 def start_processes(device):
-    """Join torchrun's processes, if there are any: (rank, number of processes, this process's device)."""
+    """Join torchrun's processes, if there are any: (rank, number of processes, this process's device).
+
+    device: cpu, cuda, cuda:N or mps. One that is not there is an InputError, before anything is read.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device.startswith("cuda"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    gpus = torch.cuda.device_count()
+    there = ["cpu", *(["cuda"] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
     try:
-        torch.empty(0, device=device)
+        torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: no name of a device; give {' or '.join(there)}") from None
+    if world > 1 and not device.startswith(("cpu", "cuda")):
+        raise InputError(f"--device {device}: works with one process; start it without torchrun, or give "
+                         f"{' or '.join(there[:2] if gpus else there[:1])}")
+    try:
+        torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
-        advice = "start no more processes than there are GPUs" if torch.cuda.device_count() else "try cpu"
-        problem = f"--device {device}: cannot be used ({str(error).splitlines()[0]}); {advice}"
-        if int(os.environ.get("RANK", 0)) and torch.cuda.device_count():  # the first process has a GPU: it says nothing
+        advice = f"give {' or '.join(there)}"
+        if world > 1 and gpus:
+            advice = "start no more processes than there are GPUs"
+        reason = re.split(r"\.\s|\n", str(error))[0]  # torch's first sentence; pages can follow
+        problem = f"--device {device}: cannot be used ({reason}); {advice}"
+        if int(os.environ.get("RANK", 0)) and gpus:  # the first process has a GPU: it says nothing
             print(problem, file=sys.stderr)
         raise InputError(problem) from None
     if world == 1:
@@ -1234,9 +1254,10 @@ def stop_processes(world):
 
 def summed(values, world, device):
     """A list of numbers, summed over all processes."""
+    if world == 1:
+        return [float(value) for value in values]
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values.tolist()
 
 
@@ -1263,6 +1284,112 @@ def attempt(function, world):
     for text in filter(None, gathered(problem, world)):
         raise InputError(text)
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the scripts' commands share: how they end early, what they print, their --help
+
+
+class Stopped(BaseException):
+    """A signal ends the command. Not an Exception: `except Exception` is for pictures that do not decode."""
+
+
+class Stopping:
+    """Ctrl-C, SIGTERM and SIGUSR1 (a cluster's warning) within `with Stopping() as stop:`, as a wish to stop.
+
+    The first signal raises Stopped where the program stands. Where that would lose work, between `hold` and `release`,
+    it only sets `number`; a training loop looks at it after each step. A second Ctrl-C ends the process at once. A
+    second SIGTERM does not: torchrun passes on what the cluster has sent to its processes already.
+    """
+
+    NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
+
+    def __init__(self):
+        self.number, self.held, self.saved, self.former = 0, False, None, {}  # saved: (step, path) of a checkpoint
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            self.former = {number: signal.signal(number, self.handle) for number in self.NAMES}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python that had set it
+
+    def handle(self, number, frame):
+        if not self.number:
+            self.number = number
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if not self.held:
+                raise Stopped
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.number:
+            raise Stopped
+
+    def together(self, world):
+        """End all processes, once `summed` has told them that a signal came to one of them."""
+        self.number = max(gathered(self.number, world))
+        stop_processes(world)
+        raise Stopped
+
+
+def ignore_signals(worker):
+    """For the processes of a DataLoader, which the terminal and torchrun signal as well: the training still needs them
+    to finish its step, and it ends them itself.
+    """
+    for number in Stopping.NAMES:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def command(script, work):
+    """What a script's main does: work(stop), where stop is a Stopping. What ends it early is said in one line.
+
+    Returns the exit code: 0; 2 after an InputError; 128 + the signal's number.
+    """
+    with Stopping() as stop:
+        try:
+            work(stop)
+            return 0
+        except InputError as error:
+            code, says = 2, f"{script}: {error}"
+        except Stopped:
+            code, says = 128 + stop.number, f"{script}: stopped by {stop.NAMES[stop.number]}"
+            if stop.saved:
+                start = "torchrun ..." if "RANK" in os.environ else "python"
+                says = (f"stopped at step {stop.saved[0]} by {stop.NAMES[stop.number]}; go on with: {start} {script} "
+                        f"--resume {shlex.quote(stop.saved[1])}")
+        for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand behind a bar
+            bar.close()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(says, file=sys.stderr, flush=True)
+        return code
+
+
+def say_first(rank):
+    """print for the first process, above its progress bar if it shows one; silence for the others."""
+    def say(*words):
+        if rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
+    return say
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help, unless there is none to speak of (None, a switch) or the help has it already.
+    """
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        if default is None or default is False or default == [] or "default" in text:
+            return text
+        if isinstance(default, (list, tuple)):
+            return f"{text} (default: {' '.join(map(str, default))})"
+        return super()._get_help_string(action)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1323,12 +1450,15 @@ def describe(data, folder=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Say what is in a data folder, and what is missing for which task.")
-    parser.add_argument("--data", required=True, help="folder with the official files (README: the data tree)")
-    parser.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
-    parser.add_argument("--json", help="write the counts to this file")
-    args = parser.parse_args(argv)
-    try:
+    parser = argparse.ArgumentParser(description="Say what is in a data folder, and what is missing for which task.",
+                                     formatter_class=HelpFormatter)
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder with the official files (README: the data "
+                        "tree)")
+    parser.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
+    parser.add_argument("--json", metavar="FILE", help="write the counts to this file")
+
+    def work(stop):
+        args = parser.parse_args(argv)
         parts, said = describe(args.data, args.index)
         for name, counts in parts.items():
             print(f"{name:20}" + (f"missing: {counts['missing']}" if "missing" in counts else
@@ -1341,10 +1471,8 @@ def main(argv=None):
                     json.dump({"parts": parts, "notes": said}, file, indent=1)
             except OSError as error:
                 raise InputError(f"--json {args.json}: cannot be written ({error.strerror})") from None
-    except InputError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command("data.py", work)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import SPECIAL, InputError
+from data import SPECIAL, HelpFormatter, InputError, command
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "heart")
 COLOURS = {"red": (214, 36, 36), "green": (36, 160, 60), "blue": (40, 80, 220), "yellow": (240, 205, 20),
@@ -607,20 +607,19 @@ def write_world(folder, seed=1, train=4000, val=200, test=200):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write the miniature world of coloured shapes.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder to write, new or empty")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, another world")
-    parser.add_argument("--train", type=int, default=4000, help="pictures to pre-train on")
-    parser.add_argument("--val", type=int, default=200, help="validation pictures of each set")
-    parser.add_argument("--test", type=int, default=200, help="test pictures of each set")
-    args = parser.parse_args(argv)
-    try:
+                                     formatter_class=HelpFormatter)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another world")
+    parser.add_argument("--train", type=int, default=4000, metavar="N", help="pictures to pre-train on")
+    parser.add_argument("--val", type=int, default=200, metavar="N", help="validation pictures of each set")
+    parser.add_argument("--test", type=int, default=200, metavar="N", help="test pictures of each set")
+
+    def work(stop):
+        args = parser.parse_args(argv)
         write_world(args.output, args.seed, args.train, args.val, args.test)
-    except InputError as error:
-        print(f"shapes.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: written; python pretrain.py --mini --data {args.output} trains on it")
-    return 0
+        print(f"{args.output}: written; python pretrain.py --mini --data {args.output} trains on it")
+
+    return command("shapes.py", work)
 
 
 if __name__ == "__main__":
