@@ -1,9 +1,15 @@
-"""Stage 3: measures. What a pre-trained model has learnt, and the official scores of the five tasks of section 5.1.
+"""Stage 3: measures, one's own pictures, reports.
 
     python evaluate.py --checkpoint runs/pretrain/last.pt --data DIR --json FILE --sheet FILE.png   # held-out pictures
     python evaluate.py --task vqa --checkpoint runs/vqa/best.pt --data DIR --split val              # official measures
     python evaluate.py --task vqa --checkpoint runs/vqa/best.pt --data DIR --split test --submit FILE    # a server's
     python evaluate.py --task caption --score RESULTS --against ANNOTATIONS --json FILE             # anybody's results
+    python evaluate.py --checkpoint runs/pretrain/last.pt --image PICTURE... --output OUT           # one's own pictures
+    python evaluate.py --report RUN [RUN ...] --output OUT                                          # runs on one page
+
+This file, in order: words and what they say of a picture; the measures of pre-training; the official scores of the five
+tasks of section 5.1 and the files that they are computed from; what a model answers to the tasks; one picture (the
+class Viewer), drawing, one's own pictures; the report of a run; the command.
 
 Pre-trained models: beside each measure stands `blind_...`: the same model and the same inputs with every picture
 replaced by the mean picture. What is left then is what the words alone, or habit alone, give away.
@@ -14,29 +20,43 @@ all of these attributes. Nothing else is parsed, so a sentence may have other fa
 """
 
 import argparse
+import base64
 import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
+import shlex
+import subprocess
 import sys
 from collections import Counter, defaultdict
+from html import escape
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # macOS: what MPS lacks runs on the CPU; torch reads it once
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from data import (
+    HelpFormatter,
     InputError,
+    Stopped,
     Tokenizer,
     attempt,
+    command,
     decodable,
     gathered,
     index_pretraining,
@@ -48,6 +68,7 @@ from data import (
     pad_tokens,
     read_json,
     read_vg,
+    say_first,
     start_processes,
     stop_processes,
     to_pixels,
@@ -536,7 +557,8 @@ def _bleu(results, references):
 
 
 def _cider(results, references):
-    """CIDEr-D: tf-idf cosine of n-grams with clipped counts and a penalty for another length (sigma 6), times 10.
+    """CIDEr-D of each picture: tf-idf cosine of n-grams with clipped counts and a penalty for another length (sigma 6),
+    times 10.
 
     A document is a picture's references together. The length is counted in pairs of words, as officially.
     """
@@ -550,9 +572,10 @@ def _cider(results, references):
             norms[len(gram) - 1] += weight ** 2
         return vector, [math.sqrt(norm) for norm in norms]
 
-    total = 0.0
+    values = []
     for (size, grams), truth in zip(results, references):
         vector, norms = weigh(grams)
+        value = 0.0
         for true_size, true_grams in truth:
             true, true_norms = weigh(true_grams)
             products = [0.0] * 4
@@ -561,8 +584,9 @@ def _cider(results, references):
                     products[len(gram) - 1] += min(weight, true[gram]) * true[gram]
             cosine = sum(p / (a * b) for p, a, b in zip(products, norms, true_norms) if a and b) / 4
             apart = max(0, size - 1) - max(0, true_size - 1)
-            total += 10 * cosine * math.exp(-apart ** 2 / 72) / len(truth)
-    return total / len(references)
+            value += 10 * cosine * math.exp(-apart ** 2 / 72) / len(truth)
+        values.append(value)
+    return values
 
 
 def _common(a, b):
@@ -603,7 +627,7 @@ def caption_scores(results, references):
     grams = [_ngrams(line.split()) for line in lines]
     true_grams = [[_ngrams(true.split()) for true in truth] for truth in truths]
     return {**{f"Bleu_{n}": value for n, value in enumerate(_bleu(grams, true_grams), 1)},
-            "ROUGE_L": rouge, "CIDEr": _cider(grams, true_grams)}
+            "ROUGE_L": rouge, "CIDEr": sum(_cider(grams, true_grams)) / len(grams)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1039,55 +1063,933 @@ def score_answers(task, said, examples, data, split, objects=False):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Looking
+# Looking: what the model says of one picture
 
 
-@torch.no_grad()
-def draw_sheet(path, model, tokenizer, names, pictures, *, short, long, device="cpu", columns=4, threshold=0.5):
+def named_objects(objects, row, names, source, size, threshold=0.5):
+    """The objects of picture `row` in what `detect` gave, the surest first, those above the threshold:
+    [{"name", "attributes": [...], "score", "box": [x, y, w, h] in pixels of size (height, width), "query"}].
+    """
+    scores, labels, boxes = (x[row].cpu() for x in found_objects(objects, source))
+    boxes = boxes_in_pixels(boxes, size)
+    attributes = objects["attributes"][-1, row].float().softmax(-1).cpu()
+    found = []
+    for q in scores.argsort(descending=True).tolist():
+        if scores[q] <= threshold:
+            break
+        # A box's attributes share one softmax, so k of them come to about 1 / k each.
+        likely = sorted(attributes[q].argsort(descending=True)[:3].tolist()) if source == "vg" else []
+        found.append({
+            "name": names[source][labels[q]].split(",")[0], "score": round(scores[q].item(), 4),
+            "attributes": [names["attributes"][a].split(",")[0] for a in likely if attributes[q, a] > 0.15],
+            "box": [round(v, 1) for v in boxes[q].tolist()], "query": q})
+    return found
+
+
+def label_of(thing):
+    return " ".join([*thing["attributes"], thing["name"]])
+
+
+class Viewer:
+    """A checkpoint's model with what is needed to show it pictures that are in no data set."""
+
+    # What a checkpoint can be asked, by what it was fine-tuned for
+    CAN = {"": ("--image alone: caption, objects with attributes", "--sentence", "--find", "--attention"),
+           "vqa": ("--question", "--attention with --question"), "nlvr2": ("--statement",),
+           "caption": ("--image alone: caption",), "flickr30k": ("--sentence", "--find", "--attention"),
+           "detection": ("--image alone: objects", "--sentence", "--attention")}
+
+    def __init__(self, model, tokenizer, names, *, short, long, device="cpu", amp=False, beam=4, alpha=0.9):
+        self.model, self.tokenizer, self.names = model.eval(), tokenizer, names
+        self.short, self.long, self.device, self.amp = short, long, device, amp
+        self.beam, self.alpha, self.task = beam, alpha, model.config.task
+        self.source = "vg" if names["vg"] and not self.task else "coco"
+
+    def encode(self, *images, sentence=None):
+        """PIL images -> (their grid, the sentence's tokens for each of them or None)."""
+        pixels, sizes = pad_pictures([to_pixels(image, self.short, self.long) for image in images])
+        grid = self.model.encode_picture(pixels.to(self.device), sizes.to(self.device))
+        if sentence is None:
+            return grid, None
+        tokens = torch.tensor([self.tokenizer.encode(sentence)], device=self.device)
+        return grid, tokens.repeat(len(images), 1)
+
+    def autocast(self):
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.amp)
+
+    @torch.no_grad()
+    def describe(self, image, sentence=None, threshold=0.5):
+        """{"caption", "objects", "match"}, those of them that the model was trained for; match: the probability that
+        the sentence belongs to the picture. The objects are looked for with the sentence, if there is one.
+        """
+        said = {}
+        with self.autocast():
+            grid, tokens = self.encode(image, sentence=sentence)
+            if self.task in ("", "caption"):
+                said["caption"] = self.tokenizer.decode(
+                    self.model.generate(self.model.encode(grid), beam=self.beam, alpha=self.alpha)[0][0])
+            if self.task in ("", "detection"):
+                objects = self.model.detect(self.model.encode(grid, tokens))
+                said["objects"] = named_objects(objects, 0, self.names, self.source, image.size[::-1], threshold)
+            if tokens is not None and self.task in ("", "flickr30k"):
+                said["match"] = round(self.model.similarity(grid, tokens).sigmoid().item(), 4)
+        return said
+
+    @torch.no_grad()
+    def answer(self, image, question, most=5):
+        """The likeliest answers: [{"answer", "probability"}]; they need not sum to 1, each has its own sigmoid."""
+        with self.autocast():
+            chances = self.model.answer_questions(*self.encode(image, sentence=question))[0].float().sigmoid()
+        best = chances.topk(min(most, len(chances)))
+        return [{"answer": self.names["answers"][a], "probability": round(p, 4)}
+                for p, a in zip(best.values.tolist(), best.indices.tolist())]
+
+    @torch.no_grad()
+    def judge(self, left, right, statement):
+        """The probability that a statement about two pictures is true."""
+        with self.autocast():
+            grid, tokens = self.encode(left, right, sentence=statement)
+            return self.model.judge_statements(grid, tokens[:1])[0].float().softmax(-1)[1].item()
+
+    @torch.no_grad()
+    def similarity(self, image, sentence):
+        """Log-odds that the sentence belongs to the picture."""
+        with self.autocast():
+            return self.model.similarity(*self.encode(image, sentence=sentence)).item()
+
+    @torch.no_grad()
+    def attention(self, image, sentence=None, threshold=0.5):
+        """Where each word and each object query looks. A dict:
+
+        words: the T pieces of the sentence; encoder (L, T, T + S): how each word's attention is shared out among words
+        and cells in each encoder layer, mean over heads, rows sum to 1; objects: as `describe` has them; decoder
+        (L', n, T + S): the cross-attention of these objects' queries; grid: (H, W), with H * W = S.
+        """
+        stride = self.model.config.stride
+        height, width = to_pixels(image, self.short, self.long).shape[-2:]
+        found = {"words": [], "objects": [], "grid": (-(-height // stride), -(-width // stride))}
+        encoder = [layer.attention for layer in self.model.encoder]
+        decoder = [layer.cross_attention for layer in self.model.decoder]
+        with self.autocast(), watched(encoder) as by_word, watched(decoder) as by_query:
+            grid, tokens = self.encode(image, sentence=sentence)
+            memory = self.model.encode(grid, tokens)
+            if self.task in ("", "detection"):
+                found["objects"] = named_objects(self.model.detect(memory), 0, self.names, self.source,
+                                                 image.size[::-1], threshold)
+        if tokens is not None:
+            found["words"] = [self.tokenizer.vocabulary[t] for t in tokens[0].tolist()]
+        T = len(found["words"])
+        found["encoder"] = torch.stack([layer[0][0, :, :T].mean(0) for layer in by_word])
+        queries = [thing["query"] for thing in found["objects"]]
+        found["decoder"] = torch.stack([layer[0][0, :, queries].mean(0) for layer in by_query]) if queries else None
+        return found
+
+
+@contextlib.contextmanager
+def watched(modules):
+    """The weights of these Attention modules while the block runs: for each a list of (B, heads, T, S), one a call.
+
+    F.scaled_dot_product_attention never gives its weights away (the quick ways of computing it do not even have them in
+    one place), so they are computed again from what it was given: softmax(q k^T / sqrt(width of a head)).
+    """
+    seen = [[] for _ in modules]
+
+    def keep(into):
+        def hook(module, args, kwargs, output):
+            query, (k, _), *rest = args
+            assert not kwargs.get("causal"), "captions' words are not watched"
+            with torch.autocast(k.device.type, enabled=False):
+                q = F.linear(query.float(), module.q.weight, module.q.bias)
+                scores = module.split(q) @ k.float().transpose(-1, -2) / math.sqrt(k.shape[-1])
+            mask = rest[0] if rest else kwargs.get("mask")  # True = may be attended to
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, None, None], -math.inf)
+            into.append(scores.softmax(-1).cpu())
+        return hook
+
+    hooks = [module.register_forward_hook(keep(into), with_kwargs=True) for module, into in zip(modules, seen)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def write_safely(path, content):
+    """bytes or text to a temporary name, then renamed, so that `path` is always whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def as_png(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def draw_answer(image, objects=(), lines=(), side=None):
+    """A picture with the boxes of `named_objects` and lines of text below it. side: its longer side in pixels, by
+    default its own, but 600 at least, so that the labels can be read, and 1600 at most.
+    """
+    side = side or min(max(*image.size, 600), 1600)
+    font = ImageFont.load_default(size=max(13, side // 50))
+    scale = side / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    width = max(image.width, min(side, 300))
+    pen, wrapped = ImageDraw.Draw(image), []
+    for line in lines:
+        *full, last = [""]
+        for word in line.split():
+            if last and pen.textlength(f"{last} {word}", font=font) > width - 6:
+                full, last = [*full, last], word
+            else:
+                last = f"{last} {word}".strip()
+        wrapped += [*full, last]
+    height = font.size + 4
+    tile = Image.new("RGB", (width, image.height + height * len(wrapped) + (4 if wrapped else 0)), "white")
+    tile.paste(image)
+    pen = ImageDraw.Draw(tile)
+    for thing in reversed(list(objects)):  # the surest last, so that its label is on top
+        x, y, w, h = (v * scale for v in thing["box"])
+        colour = f"hsl({thing['query'] * 47 % 360}, 90%, 35%)"
+        pen.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, side // 300))
+        left, top, right, bottom = pen.textbbox((0, 0), label_of(thing), font=font)
+        x, y = max(0, min(x, tile.width - right - 2)), max(0, y - bottom - 2)
+        pen.rectangle((x, y, x + right + 2, y + bottom + 2), fill="white")
+        pen.text((x + 1, y), label_of(thing), fill=colour, font=font)
+    for i, text in enumerate(wrapped):
+        pen.text((3, image.height + 2 + height * i), text, fill="black", font=font)
+    return tile
+
+
+def contact_sheet(tiles, columns=4):
+    """One picture of many."""
+    columns = min(columns, len(tiles))
+    width, height = (max(tile.size[i] for tile in tiles) + 8 for i in (0, 1))
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), (200, 200, 200))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * width + 4, i // columns * height + 4))
+    return sheet
+
+
+def draw_sheet(path, model, tokenizer, names, pictures, **settings):
     """A PNG with each picture, the objects found in it (no sentence given), and its generated caption."""
-    model.eval()
-    source = "vg" if names["vg"] else "coco"
-    font, side = ImageFont.load_default(size=13), 300
+    viewer = Viewer(model, tokenizer, names, beam=1, **settings)
     tiles = []
     for picture in pictures:
         image = load_picture(picture.file)
-        pixels, sizes = pad_pictures([to_pixels(image, short, long)])
-        alone = model.encode(model.encode_picture(pixels.to(device), sizes.to(device)))
-        objects = model.detect(alone)
-        scores, labels, boxes = (x[0].cpu() for x in found_objects(objects, source))
-        attributes = objects["attributes"][-1, 0].float().softmax(-1).cpu()
-        caption = tokenizer.decode(model.generate(alone)[0][0])
-        scale = side / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)))
-        tile = Image.new("RGB", (side, side + 64), "white")
-        tile.paste(image)
-        pen = ImageDraw.Draw(tile)
-        for q in torch.nonzero(scores > threshold)[:, 0].tolist():
-            x, y, w, h = boxes_in_pixels(boxes[q], image.size[::-1]).tolist()
-            colour = f"hsl({q * 47 % 360}, 90%, 35%)"
-            pen.rectangle((x, y, x + w, y + h), outline=colour, width=2)
-            # A box's attributes share one softmax, so k of them come to about 1 / k each.
-            likely = sorted(attributes[q].argsort(descending=True)[:3].tolist()) if source == "vg" else []
-            says = [names["attributes"][a].split(",")[0] for a in likely if attributes[q, a] > 0.15]
-            text = " ".join([*says, names[source][labels[q]].split(",")[0]])
-            left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-            x, y = max(0, min(x, side - right - 2)), max(0, y - bottom - 2)
-            pen.rectangle((x, y, x + right + 2, y + bottom + 2), fill="white")
-            pen.text((x + 1, y), text, fill=colour, font=font)
-        lines, line = [], "says:"
-        for word in caption.split():
-            if pen.textlength(f"{line} {word}", font=font) > side - 6:
-                lines, line = [*lines, line], word
-            else:
-                line = f"{line} {word}"
-        for i, text in enumerate([*lines, line][:4]):
-            pen.text((3, side + 2 + 15 * i), text, fill="black", font=font)
-        tiles.append(tile)
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 72)), (200, 200, 200))
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (side + 8) + 4, i // columns * (side + 72) + 4))
-    sheet.quantize(128).save(path, format="PNG", optimize=True)
+        said = viewer.describe(image)
+        tiles.append(draw_answer(image, said["objects"], [f"says: {said['caption']}"], side=300))
+    write_safely(path, as_png(contact_sheet(tiles).quantize(128)))
+
+
+def draw_attention(image, title, rows, grid, side=150):
+    """A table of pictures: a row for each word or object, a column for each layer; bright is where it looks.
+
+    rows: [(name, weights (L, S), share (L,) of the attention that falls on the picture at all, object or None)]. Each
+    small picture is scaled to its own largest weight.
+    """
+    font = ImageFont.load_default(size=13)
+    scale = side / max(image.size)
+    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    dark = Image.blend(small.convert("L").convert("RGB"), Image.new("RGB", small.size), 0.75)
+    left = 16 + round(max(font.getlength(name) for name, *_ in rows))
+    top, step = 44, small.height + 22
+    layers = len(rows[0][1])
+    sheet = Image.new("RGB", (left + layers * (small.width + 6), top + step * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, 4), title, fill="black", font=font)
+    for layer in range(layers):
+        pen.text((left + layer * (small.width + 6), 24), f"layer {layer + 1}", fill="black", font=font)
+    for number, (name, weights, share, thing) in enumerate(rows):
+        y = top + number * step
+        pen.text((4, y + 4), name, fill="black", font=font)
+        for layer in range(layers):
+            x = left + layer * (small.width + 6)
+            bright = weights[layer].view(grid) / weights[layer].max().clamp(min=1e-12)
+            mask = Image.fromarray((bright.numpy() * 255).astype(np.uint8)).resize(small.size, Image.BILINEAR)
+            tile = Image.composite(small, dark, mask)
+            if thing is not None:
+                bx, by, bw, bh = (v * scale for v in thing["box"])
+                ImageDraw.Draw(tile).rectangle((bx, by, bx + bw, by + bh), outline="red")
+            sheet.paste(tile, (x, y))
+            pen.text((x, y + small.height + 1), f"{share[layer]:.0%} on the picture", fill=(90, 90, 90), font=font)
+    return sheet
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One's own pictures
+
+
+def own_pictures(paths):
+    """(name, file name or bytes) of each picture of --image: files, folders (those in them), "-" (standard input).
+
+    A path with no picture to try comes as (name, None).
+    """
+    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for path in paths:
+        if path == "-":
+            yield "stdin", io.BytesIO(sys.stdin.buffer.read())
+        elif os.path.isdir(path):
+            inside = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in kinds)
+            yield from ((os.path.join(path, name), os.path.join(path, name)) for name in inside)
+            if not inside:
+                yield path, None
+        else:
+            yield path, path
+
+
+def open_own(name, file):
+    """The picture as a person sees it: a camera's rotation is applied. InputError if there is none."""
+    if file is None:
+        raise InputError(f"{name}: no picture in this folder")
+    try:
+        return load_picture(file, upright=True)
+    except FileNotFoundError:
+        problem = "no such file"
+    except UnidentifiedImageError:
+        problem = "not a picture, or of a kind that Pillow cannot read"
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
+        problem = f"cannot be decoded ({(str(error) or type(error).__name__).splitlines()[0]})"
+    raise InputError(f"{name}: {problem}")
+
+
+class Folder:
+    """--output of one's own pictures: names each drawn picture so that none overwrites another, or an input."""
+
+    def __init__(self, path, inputs):
+        self.path, self.used = path, set()
+        self.inputs = {os.path.realpath(file) for file in inputs if isinstance(file, str)}
+        check_output(path)
+
+    def file(self, name):
+        stem, number = os.path.splitext(os.path.basename(name))[0], 1
+        while True:
+            path = os.path.join(self.path, f"{stem}{f'-{number}' if number > 1 else ''}.png")
+            if path not in self.used and os.path.realpath(path) not in self.inputs:
+                self.used.add(path)
+                return path
+            number += 1
+
+
+def check_output(folder, flag="--output"):
+    """Make the folder and see that it can be written: better now than after hours."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe = os.path.join(folder, f".probe-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+
+
+def check_asked(args, task):
+    """InputError if this checkpoint cannot do what is asked, with what it can."""
+    asked = [flag for flag in ("question", "statement", "find", "sentence") if getattr(args, flag) is not None]
+    if len(asked) > 1:
+        raise InputError(f"--{asked[0]}, --{asked[1]}: give one of them")
+    if asked and not getattr(args, asked[0]).strip():
+        raise InputError(f"--{asked[0]}: is empty")
+    can = {"question": ("vqa",), "statement": ("nlvr2",), "find": ("", "flickr30k"),
+           "sentence": ("", "flickr30k", "detection"), "image alone": ("", "caption", "detection")}
+    what = asked[0] if asked else "image alone"
+    if args.attention and task in ("nlvr2", "caption"):
+        what, can["attention"] = "attention", ()
+    if task not in can[what]:
+        is_it = f"fine-tuned for {task}" if task else "pre-trained, and fine-tuned for no task"
+        raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked " + "; ".join(Viewer.CAN[task]))
+    if args.attention and what not in ("question", "sentence") and task not in ("", "detection"):
+        raise InputError("--attention: give --sentence, whose words are watched")
+
+
+def show_own(args, viewer):
+    """Answers --image and the flags beside it, on the console, in --output and --json; returns the exit code.
+
+    A picture that cannot be read is named on stderr and left out; the exit code is then 2. Ctrl-C keeps what is done.
+    """
+    check_asked(args, viewer.task)
+    if args.image.count("-") > 1:
+        raise InputError("--image -: standard input can be read once")
+    paths, bad = list(own_pictures(args.image)), []
+    folder = Folder(args.output, [file for _, file in paths]) if args.output else None
+
+    def readable():
+        for name, file in paths:
+            try:
+                yield name, file, open_own(name, file)
+            except InputError as error:
+                tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
+                bad.append(name)
+
+    results, code = [], 0
+    try:
+        if args.statement is not None:
+            results.append(show_statement(args, viewer, list(itertools.islice(readable(), 3))))
+        elif args.attention:
+            results.append(show_attention(args, viewer, list(itertools.islice(readable(), 2))))
+        elif args.find is not None:
+            show_found(args, viewer, readable(), len(paths), folder, results)
+        else:
+            for name, _, image in readable():
+                results.append(show_one(args, viewer, name, image, folder))
+    except Stopped:
+        print(f"evaluate.py: stopped after {len(results)} of {len(paths)} pictures", file=sys.stderr)
+        code = 130
+    if folder:
+        write_safely(os.path.join(args.output, "results.json"), json.dumps(results, indent=1))
+    if args.json:
+        write_safely(args.json, json.dumps(results, indent=1))
+    return code or (2 if bad else 0)
+
+
+def show_one(args, viewer, name, image, folder):
+    """Caption and objects of a picture, or the answers to --question; the result as results.json has it."""
+    result, objects = {"image": name, "width": image.width, "height": image.height}, []
+    if args.question is not None:
+        result |= {"question": args.question, "answers": viewer.answer(image, args.question)}
+        lines = [f"{a['probability']:.2f}  {a['answer']}" for a in result["answers"]]
+        below = [args.question, *lines]
+    else:
+        result |= viewer.describe(image, args.sentence, args.threshold)
+        lines, objects = [result["caption"]] if "caption" in result else [], result.get("objects", [])
+        if args.sentence is not None:
+            result["sentence"] = args.sentence
+            if "match" in result:
+                lines.append(f"{result['match']:.2f}  belongs to it: {args.sentence}")
+        below = list(lines)
+        lines += [f"{o['score']:.2f}  {label_of(o):32} x {o['box'][0]:.0f}  y {o['box'][1]:.0f}  "
+                  f"w {o['box'][2]:.0f}  h {o['box'][3]:.0f}" for o in objects]
+        if "objects" in result and not objects:
+            lines.append(f"no object above {args.threshold:g} (--threshold)")
+    print("\n".join([f"{name} ({image.width} x {image.height})", *(f"   {line}" for line in lines)]), flush=True)
+    if folder:
+        result["drawn"] = folder.file(name)
+        write_safely(result["drawn"], as_png(draw_answer(image, objects, below)))
+    return result
+
+
+def show_found(args, viewer, pictures, total, folder, results):
+    """--find: fills `results` with the pictures, the likeliest first."""
+    found = []
+    try:
+        for name, file, image in tqdm(pictures, "pictures", total=total, disable=None, leave=False):
+            odds = viewer.similarity(image, args.find)
+            found.append((odds, file, {"image": name, "width": image.width, "height": image.height, "log_odds": odds,
+                                       "probability": round(torch.tensor(odds).sigmoid().item(), 4)}))
+    finally:
+        found.sort(key=lambda one: -one[0])
+        results += [result for _, _, result in found]
+    print(f"{args.find}: {len(results)} pictures")
+    for rank, r in enumerate(results[:20], 1):
+        print(f"{rank:4}  {r['probability']:.2f}  {r['image']}")
+    if len(results) > 20:
+        print(f"      and {len(results) - 20} more")
+    if folder and results:
+        tiles = []
+        for _, file, r in found[:12]:
+            if isinstance(file, io.BytesIO):
+                file.seek(0)
+            below = f"{r['probability']:.2f}  {r['image']}"
+            tiles.append(draw_answer(open_own(r["image"], file), [], [below], side=300))
+        write_safely(folder.file("found"), as_png(contact_sheet(tiles)))
+
+
+def show_statement(args, viewer, pictures):
+    """--statement about two pictures."""
+    if len(pictures) != 2:
+        raise InputError("--statement: needs two pictures that can be read, first the left one, then the right one")
+    (left, _, a), (right, _, b) = pictures
+    chance = viewer.judge(a, b, args.statement)
+    print(f"{left}, {right}\n   {str(chance > 0.5).lower()} ({max(chance, 1 - chance):.2f}): {args.statement}")
+    return {"images": [left, right], "statement": args.statement, "answer": chance > 0.5,
+            "probability": round(chance, 4)}
+
+
+def show_attention(args, viewer, pictures):
+    """Draws where each word and each object looks to --attention: words.png, objects.png, attention.npz."""
+    if len(pictures) != 1:
+        raise InputError("--attention: takes one picture that can be read")
+    (name, _, image), = pictures
+    check_output(args.attention, "--attention")
+    sentence = args.sentence if args.question is None else args.question
+    found = viewer.attention(image, sentence, args.threshold)
+    T, files = len(found["words"]), {}
+    for kind, weights, titles, things in (
+            ("words", found["encoder"], found["words"], [None] * T),
+            ("objects", found["decoder"], list(map(label_of, found["objects"])), found["objects"])):
+        if not titles:
+            continue
+        cells = weights[:, :, T:]  # (L, n, S)
+        rows = [(title, cells[:, i], cells[:, i].sum(-1), thing)
+                for i, (title, thing) in enumerate(zip(titles, things))]
+        title = {"words": "Where each word looks, by encoder layer (mean over heads)",
+                 "objects": "Where each object's query looks, by decoder layer (mean over heads)"}[kind]
+        files[kind] = os.path.join(args.attention, f"{kind}.png")
+        write_safely(files[kind], as_png(draw_attention(image, title, rows, found["grid"])))
+    numbers = io.BytesIO()
+    np.savez_compressed(numbers, encoder=found["encoder"].numpy(), grid=found["grid"], words=np.array(found["words"]),
+                        **{} if found["decoder"] is None else {"decoder": found["decoder"].numpy()})
+    files["weights"] = os.path.join(args.attention, "attention.npz")
+    write_safely(files["weights"], numbers.getvalue())
+    print(f"{name} ({image.width} x {image.height})")
+    if not found["words"] and not found["objects"]:
+        print(f"   no sentence, and no object above {args.threshold:g} (--threshold): there is nothing to draw")
+    for kind, path in files.items():
+        print(f"   {kind:8} {path}")
+    return {"image": name, "width": image.width, "height": image.height, "sentence": sentence, "words": found["words"],
+            "objects": found["objects"], "grid": found["grid"], "files": files}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The report of a run: report.html has curves, measures and held-out pictures, and needs nothing from the network
+
+
+class Gallery:
+    """Held-out examples as the report shows them: what is true beside what the model says.
+
+    An item: "kinds" to filter by; "score" 0 .. 1 to order by and "says", the same in words; "asks", what was asked;
+    "pictures" shown once, or in each of "truth" and "answer", which are {"lines": [...], "boxes": [[x, y, w, h as
+    fractions, label]], "pictures": [...]}. Everything is kept as JSON beside the page, so that runs can be compared.
+    """
+
+    def __init__(self):
+        self.pictures, self.items = {}, []
+
+    def picture(self, file):
+        """Keep a small copy of a picture's file; returns the key that items name it by."""
+        if file not in self.pictures:
+            image = load_picture(file, 320, 320)
+            image.thumbnail((320, 320))
+            small = io.BytesIO()
+            image.save(small, format="JPEG", quality=85)
+            self.pictures[file] = {"size": image.size, "jpeg": base64.b64encode(small.getvalue()).decode()}
+        return file
+
+    def add(self, kinds, score, says, asks, truth, answer, pictures=()):
+        self.items.append({"kinds": list(kinds), "score": round(float(score), 4), "says": says, "asks": asks,
+                           "pictures": list(pictures), "truth": truth, "answer": answer})
+
+
+def found_rightly(truth, found):
+    """F1 of boxes [x, y, w, h, label]: a found one is right if a true one of its label, not yet taken, overlaps it by
+    half. Both lists empty is right too.
+    """
+    left, right = list(truth), 0
+    for *box, label in found:
+        x, y, w, h = box
+        corners = torch.tensor([[x, y, x + w, y + h]])
+        like = [t for t in left if t[4] == label]
+        if like:
+            others = torch.tensor([[t[0], t[1], t[0] + t[2], t[1] + t[3]] for t in like])
+            overlap = box_iou(corners, others)[0]
+            if overlap.max() >= 0.5:
+                left.remove(like[int(overlap.argmax())])
+                right += 1
+    return 2 * right / (len(truth) + len(found)) if truth or found else 1.0
+
+
+def some(things, most):
+    """At most so many of them, evenly spaced."""
+    return [things[i * len(things) // most] for i in range(most)] if len(things) > most else list(things)
+
+
+@torch.no_grad()
+def pretrained_gallery(model, tokenizer, names, pictures, most=20, **settings):
+    """Objects, captions, hidden words and pairs of some held-out pictures."""
+    viewer, gallery, chosen = Viewer(model, tokenizer, names, beam=1, **settings), Gallery(), some(pictures, most)
+    phrases = Phrases(names).learn(pictures)
+    for picture, asked in zip(chosen, questions(chosen, phrases, tokenizer)):
+        image, key = load_picture(picture.file), gallery.picture(picture.file)
+        with viewer.autocast():
+            grid, _ = viewer.encode(image)
+        said, annotation, facts = viewer.describe(image), getattr(picture, viewer.source), phrases.facts(picture)
+        if annotation is not None:
+            true = [[cx - w / 2, cy - h / 2, w, h] for cx, cy, w, h in annotation[0].tolist()]
+            attributes = annotation[2] if viewer.source == "vg" else [()] * len(true)
+            true = [[*box, names[viewer.source][label].split(",")[0]] for box, label in zip(true, annotation[1])]
+            its = [[names["attributes"][a].split(",")[0] for a in has] for has in attributes]
+            scale = [1 / image.width, 1 / image.height] * 2
+            found = [[*(v * s for v, s in zip(thing["box"], scale)), thing["name"]] for thing in said["objects"]]
+            score = found_rightly(true, found)
+            gallery.add(["objects"], score, f"F1 {score:.2f} at half overlap, by name", "",
+                        {"boxes": [[*box[:4], " ".join([*a, box[4]])] for box, a in zip(true, its)],
+                         "pictures": [key]},
+                        {"boxes": [[*box[:4], label_of(o)] for box, o in zip(found, said["objects"])],
+                         "pictures": [key]})
+        if facts is not None:
+            said_of = phrases.find(said["caption"])
+            true = [phrases.true(facts, thing[2], [a for _, _, a in before]) for before, thing in said_of]
+            score = sum(true) / len(true) if true else 0.0
+            gallery.add(["caption"], score, f"{sum(true)} of {len(true)} object phrases are true", "",
+                        {"lines": list(picture.sentences[:3])}, {"lines": [said["caption"]]}, [key])
+        for tokens, labels in asked["visual"][:2]:
+            with viewer.autocast():
+                sentence = torch.tensor([tokens], device=viewer.device)
+                hidden = [i for i, label in enumerate(labels) if label >= 0]
+                logits = model.guess_words(model.encode(grid, sentence).states[0, hidden]).float()
+            words = tokenizer.decode([labels[i] for i in hidden])
+            chances, best = logits[0].softmax(-1).topk(3)
+            guess = tokenizer.decode(logits.argmax(-1).tolist())
+            gallery.add(["hidden word"], guess == words, "right" if guess == words else "wrong",
+                        " ".join("___" if i in hidden else tokenizer.vocabulary[t] for i, t in enumerate(tokens)
+                                 if t not in (tokenizer.cls, tokenizer.sep)),
+                        {"lines": [words]}, {"lines": [guess] if len(hidden) > 1 else [
+                            f"{tokenizer.vocabulary[w]} ({p:.2f})" for p, w in zip(chances.tolist(), best.tolist())]},
+                        [key])
+        for kind, false in (("itm", "another picture's"), ("foil", "one word is wrong")):
+            for tokens, belongs in asked[kind][:1]:
+                with viewer.autocast():
+                    odds = model.similarity(grid, torch.tensor([tokens], device=viewer.device))
+                chance = odds.sigmoid().item()
+                gallery.add(["sentence and picture"], chance if belongs else 1 - chance,
+                            "right" if (chance > 0.5) == belongs else "wrong", tokenizer.decode(tokens[1:-1]),
+                            {"lines": ["belongs to it" if belongs else f"does not: {false}"]},
+                            {"lines": [f"{'belongs' if chance > 0.5 else 'does not'} ({chance:.2f})"]}, [key])
+    return gallery
+
+
+def task_gallery(task, said, examples, names, most=48):
+    """Some of what `answer_task` gave for these examples."""
+    gallery, chosen = Gallery(), some(range(len(examples)), most)
+    if task == "caption":
+        every = _cider([_ngrams(ptb_words(s)) for s in said], [[_ngrams(ptb_words(t)) for t in e.sentences]
+                                                               for e in examples])
+        thirds = np.quantile(every, [1 / 3, 2 / 3])
+    if task == "flickr30k":
+        matrix = np.stack(said)
+        owner = np.repeat(np.arange(len(examples)), [len(e.sentences) for e in examples])
+        sentences = [s for e in examples for s in e.sentences]
+    for i in chosen:
+        e, answer, keys = examples[i], said[i], [gallery.picture(file) for file in examples[i].files]
+        if task == "vqa":
+            record = {"question_id": 0, "answers": [{"answer": a} for a in e.answers]}
+            score = vqa_scores({0: answer}, [record])["overall"] / 100
+            people = Counter(e.answers).most_common(4)
+            gallery.add([answer_type(record)], score, f"accuracy {score:.2f}", e.text,
+                        {"lines": [f"{n} of {len(e.answers)}: {a}" for a, n in people]}, {"lines": [answer]}, keys)
+        elif task == "nlvr2":
+            truth = str(bool(e.target))
+            gallery.add([f"{truth.lower()} statements"], answer == truth, "right" if answer == truth else "wrong",
+                        e.text, {"lines": [truth.lower()]}, {"lines": [answer.lower()]}, keys)
+        elif task == "caption":
+            third = ("lowest", "middle", "highest")[int(np.searchsorted(thirds, every[i]))]
+            gallery.add([f"{third} third"], min(1, every[i] / 2), f"CIDEr {every[i]:.2f}", "",
+                        {"lines": list(e.sentences[:5])}, {"lines": [answer]}, keys)
+        elif task == "detection":
+            height, width = e.size
+            boxes, labels = e.target
+            true = [[cx - w / 2, cy - h / 2, w, h, names["coco"][label]]
+                    for (cx, cy, w, h), label in zip(np.asarray(boxes).tolist(), np.asarray(labels).tolist())]
+            found = [[x / width, y / height, w / width, h / height, names["coco"][label]]
+                     for label, (x, y, w, h), score in sorted(answer, key=lambda one: -one[2]) if score > 0.5]
+            score = found_rightly(true, found)
+            gallery.add(sorted({t[4] for t in true}) or ["nothing"], score, f"F1 {score:.2f} at half overlap", "",
+                        {"boxes": true, "pictures": keys}, {"boxes": found, "pictures": keys})
+        else:
+            column = int(np.flatnonzero(owner == i)[0])
+            order = np.argsort(-matrix[:, column], kind="stable")
+            rank = int((matrix[:, column] >= matrix[i, column]).sum())
+            gallery.add(["a sentence's picture"], 1 / rank, f"rank {rank} of {len(examples)}", sentences[column],
+                        {"pictures": keys}, {"pictures": [gallery.picture(examples[p].files[0]) for p in order[:3]]})
+            own = matrix[i, owner == i].max()
+            rank = 1 + int((matrix[i, owner != i] >= own).sum())
+            best = np.argsort(-matrix[i], kind="stable")[:3]
+            gallery.add(["a picture's sentences"], 1 / rank, f"rank {rank} of {len(sentences)}", "",
+                        {"lines": list(e.sentences[:5])}, {"lines": [sentences[s] for s in best]}, keys)
+    return gallery
+
+
+def run_facts(script, kind, args, world, resumed):
+    """What the report says of a run besides its log: kind, commands (of args.words), settings, versions."""
+    launch = "python" if world == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world)}"
+    former = read_report(args.output).get("commands", []) if resumed else []
+    cuda = str(args.device).startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__,
+                "torchvision": torchvision.__version__, "NumPy": np.__version__,
+                "machine": f"{platform.system()} {platform.machine()}, {device}, {world} process(es)"}
+    with contextlib.suppress(OSError):  # there need be no git, nor a clone
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                               cwd=os.path.dirname(os.path.abspath(__file__)))
+        if found.returncode == 0:
+            versions["commit"] = found.stdout.strip()
+    return {"kind": kind, "commands": [*former, f"{launch} {script} {shlex.join(args.words)}"], "versions": versions,
+            "settings": {k: v for k, v in sorted(vars(args).items()) if k not in ("resume", "pad", "words")}}
+
+
+def read_report(folder):
+    """What `write_report` kept of a run, or {} where there is nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write_report(folder, facts, gallery):
+    """FOLDER/report.html and what it is made of, report.json, from FOLDER/log.jsonl, `run_facts` and a Gallery."""
+    kept = {**facts, "pictures": gallery.pictures, "gallery": gallery.items}
+    write_safely(os.path.join(folder, "report.json"), json.dumps(kept))
+    write_safely(os.path.join(folder, "report.html"), report_page([read_run(folder)]))
+
+
+def read_run(folder):
+    """A run's folder -> {"name", "lines": its log, and what `write_report` kept}."""
+    path = os.path.join(folder, "log.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--report {folder}: no log.jsonl in it that can be read; give a run's --output") from None
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # the last line may be half there
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                lines.append(found)
+    if not lines:
+        raise InputError(f"--report {folder}: log.jsonl has no line of a run yet")
+    return {"name": os.path.normpath(folder), "lines": lines, "kind": "", "commands": [], "settings": {},
+            "versions": {}, "pictures": {}, "gallery": [], **read_report(folder)}
+
+
+def points_of(run, key, most=300):
+    """[(step, value)] of a log key, where it is a finite number; more than `most` are drawn together by their mean."""
+    points = [(line["step"], line[key]) for line in run["lines"] if _is(line.get(key), NUMBER)]
+    size = -(-len(points) // most)
+    return [tuple(sum(column) / len(part) for column in zip(*part))
+            for part in (points[at:at + size] for at in range(0, len(points), size or 1))]
+
+
+def short_number(value):
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def tick_values(low, high, log=False):
+    """A few round numbers from low to high."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        return [v for p in powers for v in ((10 ** p,) if len(powers) > 3 else (10 ** p, 2 * 10 ** p, 5 * 10 ** p))
+                if low * 0.999 <= v <= high * 1.001]
+    rough = (high - low) / 4 or 1
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(title, curves, log=False, top=None):
+    """A figure with an inline SVG. curves: [(label, CSS classes, [(step, value)])]. The page's script reads the
+    scales from data-..., so that a pointer or the arrow keys tell the values.
+    """
+    curves = [(label, kind, points) for label, kind, points in curves if points]
+    values = [y for _, _, points in curves for _, y in points]
+    steps = [x for _, _, points in curves for x, _ in points]
+    log = log and min(values) > 0 and max(values) > 10 * min(values)
+    low, high = (min(values), max(values)) if log else (min(0, *values), max(top or 0, *values))
+    high, last = high if high > low else low + 1, max(*steps, 1)
+    W, H, left, bottom = 420, 220, 46, 24
+
+    def x_of(step):
+        return left + step / last * (W - left - 10)
+
+    def y_of(value):
+        share = (math.log(value / low) / math.log(high / low)) if log else (value - low) / (high - low)
+        return 10 + (1 - share) * (H - bottom - 10)
+
+    drawn = []
+    for v in tick_values(low, high, log):
+        drawn.append(f'<line class="grid" x1="{left}" x2="{W - 10}" y1="{y_of(v):.1f}" y2="{y_of(v):.1f}"/>'
+                     f'<text x="{left - 6}" y="{y_of(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>')
+    for v in tick_values(0, last):
+        says = f"{v / 1000:g}k" if v >= 10000 else f"{v:g}"
+        drawn.append(f'<text x="{x_of(v):.1f}" y="{H - 6}" text-anchor="middle">{says}</text>')
+    for label, kind, points in curves:
+        places = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
+        drawn.append(f'<polyline class="{kind}" data-label="{escape(label)}" points="{places}"/>')
+        if len(points) < 30:
+            drawn += [f'<circle class="{kind}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3"/>' for x, y in points]
+    says = "; ".join(f"{label}: {short_number(points[0][1])} at step {points[0][0]:.0f}, "
+                     f"{short_number(points[-1][1])} at step {points[-1][0]:.0f}" for label, _, points in curves)
+    keys = "".join(f'<span class="key {kind}">{escape(label)} <b>{short_number(points[-1][1])}</b></span>'
+                   for label, kind, points in curves)
+    return (f'<figure class="chart"><figcaption><b>{escape(title)}</b> {keys}</figcaption>'
+            f'<svg viewBox="0 0 {W} {H}" role="img" tabindex="0" aria-label="{escape(f"{title}. {says}")}" '
+            f'data-left="{left}" data-right="{W - 10}" data-top="10" data-bottom="{H - bottom}" data-last="{last}" '
+            f'data-low="{low}" data-high="{high}" data-log="{int(log)}">{"".join(drawn)}</svg>'
+            f'<p class="reading" aria-live="polite"></p></figure>')
+
+
+def report_curves(runs):
+    """The losses, in their order in the log, then the measures with what a blind model and a constant answer score."""
+    keys = list(dict.fromkeys(k for run in runs for line in run["lines"] for k in line))
+    losses = [k for k in keys if k == "loss" or k.startswith("loss_")]
+    measures = [k[4:] for k in keys if k.startswith("val_")]
+
+    def curves(*kinds):
+        return [(f"{run['name']}{says}" if len(runs) > 1 else says.strip(" ,") or "model", f"run{n % 8} {kind}", points)
+                for n, run in enumerate(runs) for says, kind, key in kinds if (points := points_of(run, key))]
+
+    first = "".join(chart(key.removeprefix("loss_") if key != "loss" else "loss: the weighted sum",
+                          [(label.replace("model", "training"), kind, points) for label, kind, points
+                           in curves(("", "", key))], log=True) for key in losses if curves(("", "", key)))
+    second = ""
+    for name in measures:
+        found = curves(("", "", f"val_{name}"), (", blind", "blind", f"blind_{name}"),
+                       (", constant answer", "habit", f"habit_{name}"))
+        if any(len(points) > 1 for _, _, points in found):  # a single validation is in the table
+            # What a constant answer scores is known once: drawn as a line through the whole run
+            last = max(x for _, _, points in found for x, _ in points)
+            found = [(label, kind, [*points, (last, points[0][1])] if "habit" in kind else points)
+                     for label, kind, points in found]
+            percent = any(y > 10 for _, _, points in found for _, y in points)
+            second += chart(name, found, top=100 if percent else 1)
+    return (f'<section><h2 id="measures">Measures on held-out pictures</h2>{report_table(runs, measures)}'
+            f'<div class="charts">{second}</div></section>'
+            f'<section><h2 id="losses">Losses</h2><div class="charts">{first}</div></section>')
+
+
+def report_table(runs, measures):
+    """The last validation of each run, with a bar, and a mark on it where a blind model stands."""
+    rows = ""
+    for name in measures:
+        cells = ""
+        for n, run in enumerate(runs):
+            last = {key: points[-1][1] for key in (f"val_{name}", f"blind_{name}", f"habit_{name}")
+                    if (points := points_of(run, key))}
+            if f"val_{name}" not in last:
+                cells += "<td>-</td>"
+                continue
+            value, highest = last.pop(f"val_{name}"), 100 if max(last.values(), default=0) > 10 else 1
+            highest = max(100 if value > 10 else highest, value)
+            marks = "".join(f'<i style="left:{max(0, 100 * v / highest):.1f}%"></i>' for v in last.values())
+            others = "".join(f" <small>{'blind' if key.startswith('blind') else 'constant'} {short_number(v)}</small>"
+                             for key, v in last.items())
+            cells += (f'<td class="run{n % 8}"><b>{short_number(value)}</b>{others}<div class="bar">'
+                      f'<span style="width:{max(0, 100 * value / highest):.1f}%"></span>{marks}</div></td>')
+        rows += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
+    if not rows:
+        return "<p>No validation yet.</p>"
+    heads = "".join(f"<th scope=col>{escape(run['name'])}</th>" for run in runs)
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="measures"><table><thead><tr><td></td>{heads}'
+            f"</tr></thead><tbody>{rows}</tbody></table></div>"
+            "<p>Blind: the same model, with every picture replaced by the mean picture.</p>")
+
+
+def report_gallery(runs, most):
+    """The held-out examples with each run's answer, and the symbols of their pictures: (HTML, SVG)."""
+    items, pictures = {}, {}  # the same example of several runs stands once
+    for run in runs:
+        for item in some(run["gallery"], most):
+            key = json.dumps([item["kinds"], item["asks"], item["pictures"], item["truth"]])
+            given = items.setdefault(key, (item, []))[1]
+            if not any(other is run for other, _ in given):  # nor does one that a run was asked twice
+                given.append((run, item))
+        pictures |= run["pictures"]
+    used = {p for item, given in items.values() for side in (item, item["truth"], *(i["answer"] for _, i in given))
+            for p in side.get("pictures", ())}
+    numbers = {name: n for n, name in enumerate(p for p in pictures if p in used)}
+    symbols = "".join(
+        f'<symbol id="p{n}" viewBox="0 0 {w} {h}"><image width="{w}" height="{h}" '
+        f'href="data:image/jpeg;base64,{pictures[name]["jpeg"]}"/></symbol>'
+        for name, n in numbers.items() for w, h in [pictures[name]["size"]])
+
+    def drawn(name, boxes=(), says=""):
+        w, h = pictures[name]["size"]
+        over = "".join(
+            f'<g class="box{i % 6}"><rect x="{x * w:.1f}" y="{y * h:.1f}" width="{bw * w:.1f}" height="{bh * h:.1f}"/>'
+            f'<text x="{min(max(x, 0) * w, w * 0.7):.1f}" y="{max(y * h - w * 0.01, w * 0.05):.1f}" '
+            f'font-size="{w * 0.05:.1f}">{escape(label)}</text></g>' for i, (x, y, bw, bh, label) in enumerate(boxes))
+        says = f"{says}: {', '.join(box[4] for box in boxes) or 'no object'}" if boxes or says else "the picture"
+        return (f'<svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(says)}">'
+                f'<use href="#p{numbers[name]}" width="{w}" height="{h}"/>{over}</svg>')
+
+    def side(title, part, kind=""):
+        shown = [p for p in part.get("pictures", ()) if p in numbers]
+        images = "".join(drawn(p, part.get("boxes", ()) if n == 0 else (), title if "boxes" in part else "")
+                         for n, p in enumerate(shown))
+        lines = "".join(f"<p>{escape(line)}</p>" for line in part.get("lines", ()))
+        return f'<div class="side {kind}"><h4>{escape(title)}</h4>{images}{lines}</div>'
+
+    cards, kinds = "", {}
+    for item, given in sorted(items.values(), key=lambda one: one[0]["score"]):
+        for kind in item["kinds"]:
+            kinds[kind] = kinds.get(kind, 0) + 1
+        common = "".join(drawn(p) for p in item["pictures"] if p in numbers)
+        answers = "".join(side(f"{run['name'] if len(runs) > 1 else 'model'} ({i['says']})", i["answer"], "answer")
+                          for run, i in given)
+        score = sum(i["score"] for _, i in given) / len(given)
+        asks = f"<h3>{escape(item['asks'])}</h3>" if item["asks"] else ""
+        cards += (f'<article class="card" data-kinds="{escape("|".join(item["kinds"]))}" data-score="{score:.4f}">'
+                  f'<p class="kind">{escape(", ".join(item["kinds"]))}</p>{asks}'
+                  + (f'<div class="common">{common}</div>' if common else "")
+                  + f'<div class="sides">{side("truth", item["truth"])}{answers}</div></article>')
+    if not cards:
+        return "", ""
+    options = "".join(f'<option value="{escape(kind)}">{escape(kind)} ({n})</option>'
+                      for kind, n in sorted(kinds.items()))
+    return (f'<section><h2 id="gallery">Held-out pictures</h2><form class="controls"><label>Kind <select id="kind">'
+            f'<option value="">all ({len(items)})</option>{options}</select></label> <label>Order <select id="order">'
+            '<option value="1">worst first</option><option value="-1">best first</option></select></label> '
+            f'<output id="shown" aria-live="polite">{len(items)} shown</output></form>'
+            f'<div class="cards">{cards}</div></section>'), symbols
+
+
+def report_settings(runs):
+    """Commands, versions and settings; of several runs those settings first in which they differ."""
+    body = ""
+    for run in runs:
+        commands = "".join(f"<pre tabindex=0>{escape(command)}</pre>" for command in run["commands"])
+        versions = escape(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
+        body += f"<h3>{escape(run['name'])}</h3>{commands}<p>{versions}</p>"
+    keys = sorted({k for run in runs for k in run["settings"]})
+
+    def table(keys):
+        heads = "".join(f"<th scope=col>{escape(run['name'])}</th>" for run in runs)
+        rows = "".join(f"<tr><th scope=row>--{escape(k.replace('_', '-'))}</th>" + "".join(
+            f"<td>{escape(says(run['settings'].get(k)))}</td>" for run in runs) + "</tr>" for k in keys)
+        return (f'<div class="wide" tabindex="0" role="region" aria-label="settings"><table><thead><tr><td></td>{heads}'
+                f"</tr></thead><tbody>{rows}</tbody></table></div>")
+
+    def says(value):
+        return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+
+    differ = [k for k in keys if len({says(run["settings"].get(k)) for run in runs}) > 1]
+    if differ:
+        body += f"<h3>Settings that differ</h3>{table(differ)}"
+    return (f'<section><h2 id="settings">Settings</h2>{body}<details><summary>All settings</summary>{table(keys)}'
+            "</details></section>")
+
+
+def report_page(runs, limit=5_000_000):
+    """One HTML page of one run or several (each as `read_run` gives it), no longer than `limit` bytes."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(here, "assets", "report.html"), encoding="utf-8") as file:
+        template = file.read()
+    names = ", ".join(run["name"] for run in runs)
+    last = [run["lines"][-1]["step"] for run in runs]
+    spent = [line["seconds"] for run in runs for line in run["lines"][-3:] if _is(line.get("seconds"), NUMBER)]
+    lead = (f"{runs[0]['kind'] or 'a run'}, step {last[0]}" + (f", {spent[-1] / 60:.1f} minutes of training" if spent
+            else "") if len(runs) == 1 else f"{len(runs)} runs, to step {', '.join(map(str, last))}")
+    most = max(len(run["gallery"]) for run in runs)
+    while True:
+        gallery, symbols = report_gallery(runs, most)
+        body = report_curves(runs) + gallery + report_settings(runs)
+        page = template.replace("{{title}}", escape(f"E2E-VLP: {names}")).replace("{{lead}}", escape(lead)).replace(
+            "{{symbols}}", symbols).replace("{{body}}", body)
+        if len(page.encode()) <= limit or not most:
+            return page
+        most //= 2
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1095,37 +1997,74 @@ def draw_sheet(path, model, tokenizer, names, pictures, *, short, long, device="
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, help="score a fine-tuned checkpoint, or with --score a result file")
+    parser = argparse.ArgumentParser(
+        description="Measure a checkpoint, score a result file, ask about pictures of one's own, or compare runs.",
+        usage="evaluate.py --checkpoint FILE (--data DIR | --image PICTURE ...) | --score FILE | --report RUN ...",
+        formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
-    parser.add_argument("--data", help="the data folder (README: the data tree)")
-    parser.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
-    parser.add_argument("--split", default="val", help="val or test; vqa also test-dev; detection has no test")
-    parser.add_argument("--submit", help="write the results in the official server's format to this file")
-    parser.add_argument("--score", help="a result file of anybody's, no model involved")
-    parser.add_argument("--against", help="the annotation file that --score is compared with")
-    parser.add_argument("--questions", help="VQA with --score: the questions that may be answered")
-    parser.add_argument("--json", help="write the measures to this file")
-    parser.add_argument("--sheet", help="pre-trained: draw a dozen pictures with what was found to this PNG file")
-    parser.add_argument("--examples", type=int, default=0, help="use the first ones only (0: all; pre-trained: 1000)")
-    parser.add_argument("--blind", action="store_true", help="show the mean picture in place of each")
-    parser.add_argument("--text", choices=("caption", "none"), help="sentence for detection (default: as trained)")
-    parser.add_argument("--objects", action="store_true", help="caption: caption_objects too, by Visual Genome's boxes")
-    parser.add_argument("--beam", type=int, default=4, help="captioning")
-    parser.add_argument("--alpha", type=float, default=0.9, help="captioning: length penalty")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g = parser.add_argument_group("measures on a data set")
+    g.add_argument("--task", choices=TASKS, help="score a fine-tuned checkpoint, or with --score a result file")
+    g.add_argument("--data", help="the data folder (README: the data tree)")
+    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
+    g.add_argument("--split", default="val", help="val or test; vqa also test-dev; detection has no test")
+    g.add_argument("--submit", help="write the results in the official server's format to this file")
+    g.add_argument("--sheet", help="pre-trained: draw a dozen pictures with what was found to this PNG file")
+    g.add_argument("--examples", type=int, default=0, help="use the first ones only (0: all; pre-trained: 1000)")
+    g.add_argument("--blind", action="store_true", help="show the mean picture in place of each")
+    g.add_argument("--text", choices=("caption", "none"), help="sentence for detection (default: as trained)")
+    g.add_argument("--objects", action="store_true", help="caption: caption_objects too, by Visual Genome's boxes")
+    g.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
+    g = parser.add_argument_group("anybody's results, no model involved")
+    g.add_argument("--score", help="a result file")
+    g.add_argument("--against", help="the official annotation file that it is compared with")
+    g.add_argument("--questions", help="VQA: the questions that may be answered")
+    g = parser.add_argument_group("pictures of one's own")
+    g.add_argument("--image", nargs="+", metavar="PICTURE", help="files, folders, or - for standard input")
+    g.add_argument("--question", help="a VQA checkpoint: the five likeliest answers")
+    g.add_argument("--statement", help="an NLVR2 checkpoint: is it true of two pictures, left and right?")
+    g.add_argument("--find", metavar="SENTENCE", help="pre-trained or for retrieval: the pictures by how well it fits")
+    g.add_argument("--sentence", help="pre-trained or for retrieval: does it belong to the picture? Objects are looked "
+                                      "for with it")
+    g.add_argument("--attention", metavar="FOLDER", help="draw where each word and each object looks, by layer")
+    g.add_argument("--threshold", type=float, default=0.5, help="objects: least probability, 0 to 1")
+    g = parser.add_argument_group("reports")
+    g.add_argument("--report", nargs="+", metavar="RUN", help="folders of runs (their --output): write report.html of "
+                                                              "one anew, or compare several on one page")
+    g = parser.add_argument_group("output")
+    g.add_argument("--json", help="write the measures, or what was answered of one's own pictures, to this file")
+    g.add_argument("--output", help="folder: drawn pictures and results.json of --image; report.html of --report "
+                                    "(default: a single run's own folder)")
+    g = parser.add_argument_group("model")
+    g.add_argument("--beam", type=int, default=4, help="captions: beams of the search")
+    g.add_argument("--alpha", type=float, default=0.9, help="captions: length penalty")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     args = parser.parse_args(argv)
     for flag in ("batch_size", "beam"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    if not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: must be from 0 to 1")
+    ways = [flag for flag in ("score", "report", "image") if getattr(args, flag)]
+    if len(ways) > 1:
+        raise InputError(f"--{ways[0]}, --{ways[1]}: give one of them")
     if args.score:
         if not args.task or not args.against:
             raise InputError("--score: needs --task and --against, the official annotation file")
-    elif not args.checkpoint or not args.data:
-        raise InputError("give --checkpoint and --data, or --task, --score and --against")
+    elif args.report:
+        if len(args.report) > 1 and not args.output:
+            raise InputError("--report: give --output, a folder for the page that compares the runs")
+    elif not args.checkpoint or not (args.image or args.data):
+        raise InputError("give --checkpoint and --data (measures) or --image (pictures of your own); or --task, "
+                         "--score and --against; or --report")
+    if not args.image:
+        for flag in ("question", "statement", "find", "sentence", "attention"):
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag}: needs --image, the pictures that are asked about")
+    else:
+        for flag in ("task", "data", "submit", "sheet", "blind", "examples"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag}: is for measures on a data set, not for --image")
     for flag in ("json", "sheet", "submit"):
         path = getattr(args, flag)
         if path and (os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)):
@@ -1134,27 +2073,19 @@ def parse(argv):
 
 
 def write_results(path, task, results):
-    """A result file as the task's server takes it: to a temporary name, then renamed."""
-    with open(f"{path}.tmp", "wb") as file:
-        if task == "flickr30k":
-            np.save(file, results)
-        elif task == "nlvr2":
-            file.write("".join(f"{identifier},{value}\n" for identifier, value in results.items()).encode())
-        else:
-            file.write(json.dumps(results).encode())
-    os.replace(f"{path}.tmp", path)
+    """A result file as the task's server takes it."""
+    if task == "flickr30k":
+        matrix = io.BytesIO()
+        np.save(matrix, results)
+        write_safely(path, matrix.getvalue())
+    elif task == "nlvr2":
+        write_safely(path, "".join(f"{identifier},{value}\n" for identifier, value in results.items()))
+    else:
+        write_safely(path, json.dumps(results))
 
 
-def say_first(rank):
-    """print for the first process, silence for the others."""
-    return print if rank == 0 else lambda *words: None
-
-
-def run(args, rank=0, world=1):
-    """{measure: value} of what the flags ask for, and the files they name; collective."""
-    if args.score:
-        return score_files(args.task, args.score, args.against, args.questions)
-
+def load(args, world=1):
+    """(state, tokenizer, model) of --checkpoint, if it can do what the flags ask for; collective."""
     def build():
         state = load_checkpoint(args.checkpoint)
         if "args" not in state:
@@ -1165,16 +2096,23 @@ def run(args, rank=0, world=1):
             raise InputError(f"--task {args.task}: {args.checkpoint} is {is_it}; give "
                              + (f"--task {task}" if task else f"one of {', '.join(ZERO_SHOT)}, or no --task to measure "
                                 "what it has learnt"))
-        if task and not args.task:
+        if task and not args.task and not args.image:
             raise InputError(f"--checkpoint {args.checkpoint}: is fine-tuned for {task}; give --task {task}")
-        if not args.task and (args.submit or args.blind or args.split != "val"):
+        if not args.task and not args.image and (args.submit or args.blind or args.split != "val"):
             raise InputError("--submit, --blind, --split: need a --task")
         tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
         model = E2EVLP(state["config"]).to(args.device)
         model.load_state_dict(state["model"])
         return state, tokenizer, model
 
-    state, tokenizer, model = attempt(build, world)
+    return attempt(build, world)
+
+
+def run(args, rank=0, world=1):
+    """{measure: value} of what the flags ask for, and the files they name; collective."""
+    if args.score:
+        return score_files(args.task, args.score, args.against, args.questions)
+    state, tokenizer, model = load(args, world)
     names = state["names"]
     settings = {"short": max(state["args"]["short_sides"]), "long": state["args"]["long_side"], "device": args.device,
                 "amp": args.amp == "bf16", "batch_size": args.batch_size, "rank": rank, "world": world}
@@ -1232,12 +2170,43 @@ def run_task(args, model, tokenizer, names, settings):
     return attempt(finish, world)
 
 
+def run_own(args):
+    """--image: the exit code."""
+    state, tokenizer, model = load(args)
+    config, names = state["config"], state["names"]
+    print(f"{args.checkpoint}: {f'fine-tuned for {config.task}' if config.task else 'pre-trained'}, {config.backbone}, "
+          f"{config.encoder_layers} + {config.decoder_layers} layers")
+    return show_own(args, Viewer(model, tokenizer, names, short=max(state["args"]["short_sides"]),
+                                 long=state["args"]["long_side"], device=args.device, amp=args.amp == "bf16",
+                                 beam=args.beam, alpha=args.alpha))
+
+
+def run_report(args):
+    """--report: writes the page."""
+    page = report_page([read_run(folder) for folder in args.report])
+    folder = args.output or args.report[0]
+    check_output(folder)
+    path = os.path.join(folder, "report.html")
+    write_safely(path, page)
+    print(path)
+
+
 def main(argv=None):
-    try:
+    code = 0
+
+    def work(stop):
+        nonlocal code
         args = parse(argv)
         rank, world = 0, 1
+        if args.report:
+            return run_report(args)
         if not args.score:
             rank, world, args.device = start_processes(args.device)
+        if args.image:
+            if world > 1:
+                raise InputError("--image: runs on one process; start it without torchrun")
+            code = run_own(args)
+            return
         scores = run(args, rank, world)
         if rank == 0:
             for name, value in scores.items():
@@ -1246,14 +2215,10 @@ def main(argv=None):
                 elif not name.startswith("blind_"):
                     print(f"{name:24} {value:.3f}")
             if args.json:
-                with open(args.json, "w") as file:
-                    json.dump(scores, file, indent=1)
+                write_safely(args.json, json.dumps(scores, indent=1))
         stop_processes(world)
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command("evaluate.py", work) or code
 
 
 if __name__ == "__main__":
