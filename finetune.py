@@ -13,7 +13,8 @@
 
 What it writes to --output: log.jsonl, last.pt (with the optimiser: `--resume` goes on from it), best.pt (the best on
 validation).
-`--init none` starts from nothing, so that what pre-training is worth can be seen.
+`--init none` starts from nothing, so that what pre-training is worth can be seen. Ctrl-C (or SIGTERM, or SIGUSR1)
+finishes the step, writes last.pt and says how to go on.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # macOS: what MPS lacks runs on the CPU; torch reads it once
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,32 +39,39 @@ from data import (
     LONG_SIDE,
     SHORT_SIDES,
     Batches,
+    HelpFormatter,
     InputError,
     TaskSet,
     Tokenizer,
     attempt,
     collate_task,
+    command,
     common_answers,
     gathered,
+    ignore_signals,
     index_task,
     read_json,
+    say_first,
     start_processes,
     stop_processes,
     summed,
 )
-from evaluate import BEST_BY, answer_task, score_answers
+from evaluate import BEST_BY, answer_task, run_facts, score_answers, task_gallery, write_report
 from matcher import LOSS_WEIGHTS as SET_WEIGHTS
 from matcher import count, set_loss
 from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
 from pretrain import (
     MINI_MODEL,
     MODEL_FLAGS,
+    add_device_flags,
     add_model_flags,
     check_flags,
     check_output,
     clear_output,
     config_of,
     divide_batch,
+    share_done,
+    time_left,
     to_device,
 )
 
@@ -74,6 +84,9 @@ DEFAULTS = {"vqa": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             # All pairs of 1,014 pictures and 5,070 sentences are five times what an epoch trains on
             "flickr30k": dict(batch_size=64, epochs=4, lr=5e-5, decay=[], val_examples=200),
             "detection": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9])}
+# What the model scores blind, when it sees the mean picture only, is measured on the first ones: retrieval's pairs grow
+# with the square, and for the others a thousand tell enough
+BLIND_EXAMPLES = {"vqa": 1000, "nlvr2": 1000, "caption": 1000, "flickr30k": 50, "detection": 1000}
 # The parts of the model that a task uses. The others are not trained: they get no gradient, and DDP must know.
 PARTS = {"vqa": ("backbone", "sentence", "encoder", "answer"), "nlvr2": ("backbone", "sentence", "encoder", "pair"),
          "caption": ("backbone", "sentence", "encoder", "decoder", "caption"),
@@ -83,55 +96,72 @@ PARTS = {"vqa": ("backbone", "sentence", "encoder", "answer"), "nlvr2": ("backbo
 
 def parse(argv):
     """Flags. Three layers of defaults: the task's, then --mini's, then what is given."""
-    parser = argparse.ArgumentParser(description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5.1).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--task", choices=TASKS)
+    parser = argparse.ArgumentParser(usage="finetune.py --task TASK --init FILE [--mini] ... (--help: all flags)",
+                                     description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5.1).",
+                                     epilog="The task's defaults: --batch-size 32 --epochs 12 --lr 1e-4, retrieval's "
+                                     "64, 4 and 5e-5. --mini's: mostly 16, 100 and 5e-4, --minutes 4 to 8; see MINI.",
+                                     formatter_class=HelpFormatter)
+    parser.add_argument("--task", choices=TASKS, help="what to learn")
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
-    parser.add_argument("--init", help="checkpoint to start from, or none: then the model's flags count")
+    parser.add_argument("--init", metavar="FILE",
+                        help="checkpoint to start from, or none: then the model's flags count")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
-    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
-    g.add_argument("--vocab", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
-    g.add_argument("--answers", help="VQA: JSON list of answers (default: those given at least 9 times in train + val)")
+    g.add_argument("--data", default="data", metavar="DIR",
+                   help="folder with the official files (README: the data tree)")
+    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
+    g.add_argument("--vocab", metavar="FILE", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
+    g.add_argument("--answers", metavar="FILE",
+                   help="VQA: JSON list of answers (default: those given at least 9 times in train + val)")
     g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
-    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), help="scale augmentation, pixels")
-    g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
-    g.add_argument("--sentences-per-picture", type=int, default=1,
+    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), metavar="PIXELS",
+                   help="scale augmentation: one is drawn for each batch, pixels")
+    g.add_argument("--long-side", type=int, default=LONG_SIDE, metavar="PIXELS",
+                   help="no side gets longer than this, pixels")
+    g.add_argument("--sentences-per-picture", type=int, default=1, metavar="N",
                    help="VQA, captioning, retrieval: questions or sentences that share one backbone pass")
-    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                   help="loader processes for each training process")
-    g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+                   help="loader processes for each training process; 0: it loads itself")
+    g.add_argument("--max-broken", type=int, default=100, metavar="N",
+                   help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
-    g.add_argument("--batch-size", type=int, help="pictures a step, over all processes (default: the task's)")
-    g.add_argument("--micro-batch", type=int, default=0,
-                   help="pictures a process holds at once; a larger share is accumulated (0: the whole share)")
-    g.add_argument("--epochs", type=float, help="passes over the training examples (default: the task's)")
-    g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
-    g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
-    g.add_argument("--lr", type=float, help="learning rate of the transformer (default: the task's)")
-    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet; 0 freezes it")
-    g.add_argument("--lr-head", type=float, default=1.0,
+    g.add_argument("--batch-size", type=int, metavar="N",
+                   help="pictures a step, over all processes (default: the task's)")
+    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                   help="pictures a process holds at once; a larger share is accumulated; 0: the whole share")
+    g.add_argument("--epochs", type=float, metavar="N",
+                   help="passes over the training examples (default: the task's)")
+    g.add_argument("--steps", type=int, default=0, metavar="N",
+                   help="stop after this many steps; 0: --epochs decides")
+    g.add_argument("--minutes", type=float, default=0, metavar="MINUTES",
+                   help="time limit of training, for the schedule too; 0: none")
+    g.add_argument("--lr", type=float, metavar="RATE", help="learning rate of the transformer (default: the task's)")
+    g.add_argument("--lr-backbone", type=float, default=1e-5, metavar="RATE",
+                   help="learning rate of the ResNet; 0 freezes it")
+    g.add_argument("--lr-head", type=float, default=1.0, metavar="FACTOR",
                    help="VQA, NLVR2: the new classifier's rate, as a multiple of --lr")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 after the task's epochs")
-    g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=float, default=1e-4)
-    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
-    g.add_argument("--label-smoothing", type=float, default=0.1, help="captioning")
-    g.add_argument("--negatives", type=int, default=4, help="retrieval: wrong sentences, and pictures, a pair")
-    g.add_argument("--gamma", type=float, default=32.0, help="retrieval: scale of the circle loss")
-    g.add_argument("--margin", type=float, default=0.25, help="retrieval: margin of the circle loss")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
+    g.add_argument("--clip", type=float, default=0.1, metavar="NORM", help="largest norm of the gradient")
+    g.add_argument("--label-smoothing", type=float, default=0.1, metavar="SHARE",
+                   help="captioning: share of the target that all words have together, 0 to 1")
+    g.add_argument("--negatives", type=int, default=4, metavar="N",
+                   help="retrieval: wrong sentences, and pictures, a pair")
+    g.add_argument("--gamma", type=float, default=32.0, metavar="SCALE", help="retrieval: scale of the circle loss")
+    g.add_argument("--margin", type=float, default=0.25, metavar="MARGIN", help="retrieval: margin of the circle loss")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
+    add_device_flags(g)
     g = parser.add_argument_group("output")
-    g.add_argument("--output", help="folder for log.jsonl, last.pt and best.pt (default: runs/TASK)")
-    g.add_argument("--resume", help="go on from this last.pt, with its settings, in its folder")
-    g.add_argument("--checkpoint-minutes", type=float, default=30, help="time between two checkpoints")
-    g.add_argument("--log-every", type=int, default=50, help="steps")
-    g.add_argument("--val-every", type=float, default=1.0, help="epochs between two validations")
+    g.add_argument("--output", metavar="DIR", help="folder for log.jsonl, last.pt and best.pt (default: runs/TASK)")
+    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
+                   help="time between two checkpoints")
+    g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+    g.add_argument("--val-every", type=float, default=1.0, metavar="EPOCHS", help="epochs between two validations")
     g.add_argument("--objects", action="store_true", help="captioning: caption_objects too, by Visual Genome's boxes")
-    g.add_argument("--val-examples", type=int, default=0, help="validate on the first ones only (0: all)")
+    g.add_argument("--val-examples", type=int, default=0, metavar="N",
+                   help="validate on the first ones only; 0: all (default: 0, retrieval's 200)")
     args = parser.parse_args(argv)
     if args.resume:
         state = load_checkpoint(args.resume, "--resume")
@@ -161,6 +191,7 @@ def parse(argv):
     check_flags(args)
     if args.val_every <= 0:
         raise InputError(f"--val-every {args.val_every}: must be more than 0")
+    args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     return args, state
 
 
@@ -311,13 +342,10 @@ def read_answers(path):
     return answers
 
 
-def train(args, state):
+def train(args, state, stop):
+    """stop: data.Stopping, for Ctrl-C."""
     rank, world, device = start_processes(args.device)
-
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
+    say = say_first(rank)
     share, parts = divide_batch(args, world)
     if args.task == "flickr30k" and share // parts <= args.negatives:
         raise InputError(f"--negatives {args.negatives}: are drawn from what a process holds at once, {share // parts} "
@@ -377,18 +405,22 @@ def train(args, state):
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
-        collate_fn=functools.partial(collate_task, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
+        collate_fn=functools.partial(collate_task, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None,
+        worker_init_fn=ignore_signals)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
     say(f"{args.task}: {len(examples)} examples to train on, {len(val)} to validate"
         + (f", {len(answers)} answers" if answers else ""))
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers, "
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters in training")
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters in training, "
+        f"on {device}")
     say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures; {steps} steps"
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
 
     if rank == 0:
         clear_output(args.output, step if args.resume else None, say)
-    log, kept = os.path.join(args.output, "log.jsonl"), {k: v for k, v in vars(args).items() if k != "resume"}
+    log = os.path.join(args.output, "log.jsonl")
+    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "words")}
+    facts = run_facts("finetune.py", args.task, args, world, bool(args.resume))
     broken, seen, spent = set(), 0, before
     started = logged = saved = time.time()
     next_val = state["next_val"] if args.resume else args.val_every
@@ -403,12 +435,20 @@ def train(args, state):
             save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
                             seconds=spent, best=best, next_val=next_val, **more)
 
-    def score(said):
-        return score_answers(args.task, said, val, args.data, "val", args.objects)
+    def save_last():
+        save("last.pt", optimizer=optimizer.state_dict())
+        stop.saved = step, os.path.join(args.output, "last.pt")
 
-    def keep(scores):
+    def show_progress(total):
+        return tqdm(total=total, initial=step, disable=None if rank == 0 else True, unit="step")
+
+    def score(said, examples=val):
+        return score_answers(args.task, said, examples, args.data, "val", args.objects)
+
+    def keep(scores, blind):
         nonlocal best
-        write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()}})
+        write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()},
+                   **{f"blind_{k}": v for k, v in blind.items()}})
         say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         mark = sum(scores[k] for k in BEST_BY[args.task])
         if mark > best:
@@ -417,13 +457,27 @@ def train(args, state):
 
     def validate():
         nonlocal next_val
-        save("last.pt", optimizer=optimizer.state_dict())  # first of all: what goes wrong below loses no training
-        said = answer_task(args.task, model, tokenizer, names, val, short=max(args.short_sides), long=args.long_side,
-                           device=device, text=args.text, batch_size=share // parts, amp=args.amp == "bf16", rank=rank,
-                           world=world)
-        attempt(lambda: rank == 0 and keep(score(said)), world)
+        save_last()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
+        stop.release()
+        if bar.disable:
+            say(f"step {step}/{bar.total}  validating on {len(val)} examples")
+        bar.leave = done
+        bar.close()  # answer_task shows one of its own in its place
+        few = val[:BLIND_EXAMPLES[args.task]]
+        said, blindly = (answer_task(
+            args.task, model, tokenizer, names, examples, short=max(args.short_sides), long=args.long_side,
+            device=device, text=args.text, batch_size=share // parts, amp=args.amp == "bf16", rank=rank, world=world,
+            blind=blind) for examples, blind in ((val, False), (few, True)))
+
+        def write():
+            if rank == 0:
+                keep(score(said), score(blindly, few))
+                write_report(args.output, facts, task_gallery(args.task, said, val, names))
+
+        attempt(write, world)
+        stop.hold()
         next_val += args.val_every
-        save("last.pt", optimizer=optimizer.state_dict())  # now with this validation done
+        save_last()  # now with this validation done
         to_training()
 
     if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with
@@ -435,22 +489,25 @@ def train(args, state):
     generator = torch.Generator()
     to_training()
     iterator = iter(loader)
-    bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
-    done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+    bar, stopping = show_progress(steps), 0
+    done = share_done(step, steps, spent, args.minutes) >= 1
+    stop.hold()
     while not done:
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args, config) for batch in micro))]
-        *counts, examples_here, spent, new = summed(
+        *counts, examples_here, spent, new, stopping = summed(
             [*local, sum(len(batch["tokens"]) for batch in micro), before + time.time() - started if rank == 0 else 0.0,
-             len(unknown)], world, device)
+             len(unknown), stop.number], world, device)
+        if stopping:  # before this step has changed anything: it is the first one of the run that goes on
+            break
         if new:
             broken.update(*gathered(unknown, world))
         if len(broken) > args.max_broken:
             raise InputError(f"{sorted(broken)[0]}: cannot be decoded, nor can {len(broken) - 1} more "
                              f"(--max-broken {args.max_broken}); mend or remove them")
         epoch = step / batches.per_epoch
-        progress = max(step / steps, spent / (args.minutes * 60) if args.minutes else 0.0)
+        progress = share_done(step, steps, spent, args.minutes)
         for group, rate in zip(optimizer.param_groups, base_rates):
             group["lr"] = rate * rate_scale(step, epoch, progress, args)
 
@@ -478,8 +535,10 @@ def train(args, state):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + examples_here
+        progress = share_done(step, steps, spent, args.minutes)
+        bar.total = max(step, round(step / progress))  # with --minutes the time decides how many steps there will be
         bar.update()
-        done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+        done = progress >= 1
 
         if step % args.log_every == 0 or done:
             values = dict(zip(sums, summed([float(v) for v in sums.values()], world, device)))
@@ -489,32 +548,32 @@ def train(args, state):
                     "grad_norm": float(norm), "examples_per_second": seen / (time.time() - logged), "seconds": spent,
                     "broken": len(broken)}
             write_log(line)
+            bar.set_postfix(loss=f"{line['loss']:.3f}")
             if rank == 0 and bar.disable:
-                say(f"step {step}/{steps}  loss {line['loss']:.4f}  {line['examples_per_second']:.0f} examples/s")
+                say(f"step {step}/{bar.total}  loss {line['loss']:.4f}  {line['examples_per_second']:.0f} examples/s  "
+                    f"{time_left(before + time.time() - started, progress)}")
             logged, seen = time.time(), 0
         if step / batches.per_epoch >= next_val and not done:
             validate()
+            bar = show_progress(bar.total)
             logged, seen = time.time(), 0
         if time.time() - saved > args.checkpoint_minutes * 60:
-            save("last.pt", optimizer=optimizer.state_dict())
+            save_last()
             saved = time.time()
-    bar.close()
+    if stopping:
+        save_last()
+        stop.together(world)
     if broken:
         say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")
     validate()
+    stop.release()
     say(f"{args.output}/best.pt: " + ", ".join(
         f"{k} {v:.3f}" for k, v in load_checkpoint(f"{args.output}/best.pt")["scores"].items())) if rank == 0 else None
     stop_processes(world)
 
 
 def main(argv=None):
-    try:
-        train(*parse(argv))
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"finetune.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("finetune.py", lambda stop: train(*parse(argv), stop))
 
 
 if __name__ == "__main__":

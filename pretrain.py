@@ -8,6 +8,9 @@ What it writes to --output: log.jsonl (a line every few steps and at each valida
 vocabulary, optimiser: all that is needed to use it or go on), sheet.png (held-out pictures with what was found).
 
 `--mini` is only a set of other defaults, see `mini_preset`; any flag given explicitly wins over it.
+
+Ctrl-C (or SIGTERM, or SIGUSR1) finishes the step, writes last.pt and says how to go on; the run that goes on ends with
+the weights of one that never stopped.
 """
 
 import argparse
@@ -17,6 +20,8 @@ import math
 import os
 import sys
 import time
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # macOS: what MPS lacks runs on the CPU; torch reads it once
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +33,23 @@ from data import (
     LONG_SIDE,
     SHORT_SIDES,
     Batches,
+    HelpFormatter,
     InputError,
     PretrainingSet,
     Tokenizer,
     attempt,
     collate,
+    command,
     decodable,
     gathered,
+    ignore_signals,
     index_pretraining,
+    say_first,
     start_processes,
     stop_processes,
     summed,
 )
-from evaluate import draw_sheet, measure_with_blind
+from evaluate import draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
 from matcher import LOSS_WEIGHTS, count, set_loss
 from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, save_checkpoint
 
@@ -57,67 +66,88 @@ MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128,
 def add_model_flags(parser):
     g = parser.add_argument_group("model")
     g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. ResNet-152")
-    g.add_argument("--backbone-weights", default="imagenet", help="imagenet, none, or a torchvision state dict's file")
+    g.add_argument("--backbone-weights", default="imagenet", metavar="WEIGHTS",
+                   help="imagenet, none, or a torchvision state dict's file")
     g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels per grid cell")
-    g.add_argument("--width", type=int, default=256, help="hidden units")
-    g.add_argument("--heads", type=int, default=12, help="attention heads, 32 units each")
-    g.add_argument("--feed-forward", type=int, default=1024, help="units between the feed-forward layers")
-    g.add_argument("--encoder-layers", type=int, default=12, help="6 or 12 in the paper")
-    g.add_argument("--decoder-layers", type=int, default=6)
-    g.add_argument("--queries", type=int, default=100, help="objects that can be found in a picture, at most")
-    g.add_argument("--temperature", type=float, default=10000.0,
+    g.add_argument("--width", type=int, default=256, metavar="UNITS", help="hidden units")
+    g.add_argument("--heads", type=int, default=12, metavar="N", help="attention heads, 32 units each")
+    g.add_argument("--feed-forward", type=int, default=1024, metavar="UNITS",
+                   help="units between the feed-forward layers")
+    g.add_argument("--encoder-layers", type=int, default=12, metavar="N", help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=int, default=6, metavar="N", help="for objects and for captions")
+    g.add_argument("--queries", type=int, default=100, metavar="N",
+                   help="objects that can be found in a picture, at most")
+    g.add_argument("--temperature", type=float, default=10000.0, metavar="WIDTHS",
                    help="longest wavelength of the sine positions, in widths of the picture")
-    g.add_argument("--dropout", type=float, default=0.1)
+    g.add_argument("--dropout", type=float, default=0.1, metavar="SHARE", help="share of units, 0 to 1")
+
+
+def add_device_flags(g):
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:N, or mps on a Mac; default: cuda if there is one, else cpu")
+    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
 
 
 def parse(argv):
     """Flags. Three layers of defaults: the paper's, then --mini's or the resumed run's, then what is given."""
     parser = argparse.ArgumentParser(usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
                                      description="Pre-train E2E-VLP (Xu et al., ACL 2021).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     epilog="The defaults are the paper's; --mini has others, see mini_preset.",
+                                     formatter_class=HelpFormatter)
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", help="folder with the official files (README: the data tree)")
-    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
+    g.add_argument("--data", default="data", metavar="DIR",
+                   help="folder with the official files (README: the data tree)")
+    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
     g.add_argument("--shapes", action="store_true", help="write the miniature world to --data if nothing is there")
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
-    g.add_argument("--vocab", help="WordPiece vocabulary (default: DATA/vocab.txt)")
-    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES),
+    g.add_argument("--vocab", metavar="FILE", help="WordPiece vocabulary (default: DATA/vocab.txt)")
+    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), metavar="PIXELS",
                    help="scale augmentation: one is drawn for each batch, pixels")
-    g.add_argument("--long-side", type=int, default=LONG_SIDE, help="no side gets longer than this, pixels")
-    g.add_argument("--sentences-per-picture", type=int, default=1, help="sentences that share one backbone pass")
-    g.add_argument("--without-sentence", type=float, default=0.25, help="share of pictures detected without a sentence")
-    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                   help="loader processes for each training process")
-    g.add_argument("--max-broken", type=int, default=100, help="pictures that do not decode before training stops")
+    g.add_argument("--long-side", type=int, default=LONG_SIDE, metavar="PIXELS",
+                   help="no side gets longer than this, pixels")
+    g.add_argument("--sentences-per-picture", type=int, default=1, metavar="N",
+                   help="sentences that share one backbone pass")
+    g.add_argument("--without-sentence", type=float, default=0.25, metavar="SHARE",
+                   help="share of pictures detected without a sentence, 0 to 1")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+                   help="loader processes for each training process; 0: it loads itself")
+    g.add_argument("--max-broken", type=int, default=100, metavar="N",
+                   help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
-    g.add_argument("--batch-size", type=int, default=32, help="pictures a step, over all processes")
-    g.add_argument("--micro-batch", type=int, default=0,
-                   help="pictures a process holds at once; a larger share is accumulated (0: the whole share)")
-    g.add_argument("--epochs", type=float, default=200, help="passes over the distinct pictures")
-    g.add_argument("--steps", type=int, default=0, help="stop after this many steps (0: --epochs decides)")
-    g.add_argument("--minutes", type=float, default=0, help="time limit of training, for the schedule too (0: none)")
-    g.add_argument("--lr", type=float, default=1e-4, help="learning rate of the transformer")
-    g.add_argument("--lr-backbone", type=float, default=1e-5, help="learning rate of the ResNet")
+    g.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures a step, over all processes")
+    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                   help="pictures a process holds at once; a larger share is accumulated; 0: the whole share")
+    g.add_argument("--epochs", type=float, default=200, metavar="N", help="passes over the distinct pictures")
+    g.add_argument("--steps", type=int, default=0, metavar="N",
+                   help="stop after this many steps; 0: --epochs decides")
+    g.add_argument("--minutes", type=float, default=0, metavar="MINUTES",
+                   help="time limit of training, for the schedule too; 0: none")
+    g.add_argument("--lr", type=float, default=1e-4, metavar="RATE", help="learning rate of the transformer")
+    g.add_argument("--lr-backbone", type=float, default=1e-5, metavar="RATE", help="learning rate of the ResNet")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 for the last third")
-    g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=float, default=1e-4)
-    g.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
+    g.add_argument("--clip", type=float, default=0.1, metavar="NORM", help="largest norm of the gradient")
     g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
                    help="other weights in the sum than 1 and DETR's: mlm itm caption class bbox giou attribute")
-    g.add_argument("--without", nargs="+", choices=TASKS, default=[], help="losses to leave out (Table 3)")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g.add_argument("--without", nargs="+", choices=TASKS, default=[], metavar="LOSS",
+                   help=f"losses to leave out (Table 3): {' '.join(TASKS)}")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
+    add_device_flags(g)
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g = parser.add_argument_group("output")
-    g.add_argument("--output", default="runs/pretrain", help="folder for log.jsonl, last.pt and sheet.png")
-    g.add_argument("--resume", help="go on from this last.pt, with its settings, in its folder")
-    g.add_argument("--log-every", type=int, default=50, help="steps")
-    g.add_argument("--val-every", type=int, default=5000, help="steps (0: only at the end)")
-    g.add_argument("--val-pictures", type=int, default=1000, help="held-out pictures to measure on, at most")
-    g.add_argument("--checkpoint-minutes", type=float, default=30, help="time between two checkpoints")
+    g.add_argument("--output", default="runs/pretrain", metavar="DIR",
+                   help="folder for log.jsonl, last.pt and sheet.png")
+    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+    g.add_argument("--val-every", type=int, default=5000, metavar="STEPS",
+                   help="steps between two validations; 0: only one, at the end")
+    g.add_argument("--val-pictures", type=int, default=1000, metavar="N",
+                   help="held-out pictures to measure on, at most")
+    g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
+                   help="time between two checkpoints")
     chosen = parser.parse_args(argv)
     state = None
     if chosen.resume:
@@ -128,6 +158,7 @@ def parse(argv):
     elif chosen.mini:
         mini_preset(parser)
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     if state is not None:
         for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
             if getattr(args, flag) != state["args"][flag]:
@@ -178,8 +209,8 @@ def mini_preset(parser):
     parser.set_defaults(
         **MINI_MODEL, data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
         batch_size=32, minutes=18.5, epochs=40, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0,
-        loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], val_pictures=200, output="runs/mini",
-        checkpoint_minutes=5.0)
+        loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], val_pictures=200, val_every=500,
+        output="runs/mini", checkpoint_minutes=5.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -214,7 +245,7 @@ def clear_output(folder, resumed, say):
     resumed: the step that the run goes on from, or None for a new one. Lines of the log past that step belong to the
     part that was lost; they go, since the run writes them anew.
     """
-    names = ("log.jsonl", "last.pt", "best.pt", "sheet.png")
+    names = ("log.jsonl", "last.pt", "best.pt", "sheet.png", "report.html", "report.json")
     left = [name for name in names if os.path.exists(os.path.join(folder, name))]
     if resumed is not None:
         log = os.path.join(folder, "log.jsonl")
@@ -291,10 +322,22 @@ def learning_rate_scale(step, progress, args):
     return warm * (0.1 if progress >= 2 / 3 else 1.0)
 
 
+def share_done(step, steps, seconds, minutes):
+    """The share of a training that is done, 1 at its end: of its steps or of its time, whichever is further on."""
+    return max(step / steps, seconds / (minutes * 60) if minutes else 0.0)
+
+
+def time_left(seconds, share):
+    """"3:20 left": what is still to come of a training of which this share took so many seconds."""
+    seconds = round(seconds * max(0.0, 1 - share) / share)
+    hours, minutes = divmod(seconds // 60, 60)
+    return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds % 60:02} left"
+
+
 def to_device(value, device):
     """A batch with all tensors in it, however deep, on the device."""
-    if torch.is_tensor(value):
-        return value.to(device, non_blocking=True)
+    if torch.is_tensor(value):  # MPS would still be copying when the batch is gone
+        return value.to(device, non_blocking=device.startswith("cuda"))
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
     return [to_device(v, device) for v in value] if isinstance(value, list) else value
@@ -303,13 +346,10 @@ def to_device(value, device):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def train(args, state):
+def train(args, state, stop):
+    """stop: data.Stopping, for Ctrl-C."""
     rank, world, device = start_processes(args.device)
-
-    def say(*words):
-        if rank == 0:
-            print(*words, flush=True)
-
+    say = say_first(rank)
     share, parts = divide_batch(args, world)
 
     def first_process_prepares():
@@ -361,12 +401,13 @@ def train(args, state):
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
         trainset, batch_sampler=batches, num_workers=args.workers, pin_memory=device.startswith("cuda"),
-        collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None)
+        collate_fn=functools.partial(collate, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None,
+        worker_init_fn=ignore_signals)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
     say(f"{len(data['train'])} pictures with {data['sentences']} sentences to train on, "
         f"{len(val)} held out")
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
-        f"{count_parameters(model) / 1e6:.1f} M parameters")
+        f"{count_parameters(model) / 1e6:.1f} M parameters on {device}")
     say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures, "
         f"{args.sentences_per_picture} sentence(s) each; {steps} steps"
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
@@ -377,7 +418,8 @@ def train(args, state):
     weights = weights_of(args.without, args.loss_weights)
     log = os.path.join(args.output, "log.jsonl")
     broken = set()
-    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad")}
+    kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad", "words")}
+    facts = run_facts("pretrain.py", "pre-training", args, world, state is not None)
 
     def write_log(line):
         if rank == 0:
@@ -385,35 +427,53 @@ def train(args, state):
                 file.write(json.dumps(line) + "\n")
 
     def save():
+        path = os.path.join(args.output, "last.pt")
         if rank == 0:
-            save_checkpoint(os.path.join(args.output, "last.pt"), model, tokenizer.vocabulary, names, args=kept,
-                            optimizer=optimizer.state_dict(), step=step, seconds=spent)
+            save_checkpoint(path, model, tokenizer.vocabulary, names, args=kept, optimizer=optimizer.state_dict(),
+                            step=step, seconds=spent, validation_due=due)
+        stop.saved = step, path
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
 
     def validate():
-        if not val:
-            return {}
-        measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts, amp=args.amp == "bf16",
-                                      rank=rank, world=world, **size)
-        write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
+        nonlocal due
+        save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
+        stop.release()
+        measures = {}
+        if val:
+            bar.set_description("validating")
+            if bar.disable:
+                say(f"step {step}/{bar.total}  validating on {len(val)} pictures")
+            measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
+                                          amp=args.amp == "bf16", rank=rank, world=world, **size)
+            write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
+            if rank == 0:
+                write_report(args.output, facts, pretrained_gallery(model, tokenizer, names, val,
+                                                                    amp=args.amp == "bf16", **size))
+            bar.set_description()
+        due = False
         model.train()
+        stop.hold()
         return measures
 
     model.train()
     iterator = iter(loader)
     bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
     started, before, logged, saved = time.time(), spent, time.time(), time.time()
-    seen = 0
-    done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+    seen = stopping = 0
+    due = state is not None and state.get("validation_due", False)  # when the run was stopped
+    done = share_done(step, steps, spent, args.minutes) >= 1
+    stop.hold()
     while not done:
         # 1. The step's parts, and what their losses are divided by, summed over parts and processes. The first
-        #    process's clock travels with the sums, so that all agree on when the time is over.
+        #    process's clock travels with the sums, so that all agree on when the time is over; and so does Ctrl-C.
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args) for batch in micro))]
-        *counts, spent, new = summed(
-            [*local, before + time.time() - started if rank == 0 else 0.0, len(unknown)], world, device)
+        *counts, spent, new, stopping = summed(
+            [*local, before + time.time() - started if rank == 0 else 0.0, len(unknown), stop.number], world, device)
+        if stopping:  # before this step has changed anything: it is the first one of the run that goes on
+            break
         if new:  # by name, so that a picture that several processes met counts once
             broken.update(*gathered(unknown, world))
         if len(broken) > args.max_broken:
@@ -421,8 +481,7 @@ def train(args, state):
                              f"(--max-broken {args.max_broken}); mend or remove them")
 
         # 2. The learning rate: a function of the step and of how much of the training is done.
-        progress = max(step / steps, spent / (args.minutes * 60) if args.minutes else 0.0)
-        scale = learning_rate_scale(step, progress, args)
+        scale = learning_rate_scale(step, share_done(step, steps, spent, args.minutes), args)
         for group, rate in zip(optimizer.param_groups, base_rates):
             group["lr"] = rate * scale
 
@@ -454,8 +513,10 @@ def train(args, state):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + args.batch_size
+        progress = share_done(step, steps, spent, args.minutes)
+        bar.total = max(step, round(step / progress))  # with --minutes the time decides how many steps there will be
         bar.update()
-        done = step >= steps or bool(args.minutes and spent >= args.minutes * 60)
+        done = progress >= 1
 
         # 5. Log, validate, keep.
         if step % args.log_every == 0 or done:
@@ -469,21 +530,26 @@ def train(args, state):
             write_log(line)
             bar.set_postfix(loss=f"{line['loss']:.2f}")
             if rank == 0 and bar.disable:
-                say(f"step {step}/{steps}  loss {line['loss']:.3f}  " + "  ".join(
-                    f"{k[5:]} {v:.3f}" for k, v in values.items()) + f"  {line['pictures_per_second']:.0f} pictures/s")
+                say(f"step {step}/{bar.total}  loss {line['loss']:.3f}  " + "  ".join(
+                    f"{k[5:]} {v:.3f}" for k, v in values.items()) + f"  {line['pictures_per_second']:.0f} pictures/s"
+                    f"  {time_left(before + time.time() - started, progress)}")
             logged, seen = time.time(), 0
-        if args.val_every and step % args.val_every == 0 and not done:
+        due = not done and (due or args.val_every > 0 and step % args.val_every == 0)
+        if due:
             validate()
             logged, seen = time.time(), 0
         if time.time() - saved > args.checkpoint_minutes * 60:
             save()
             saved = time.time()
-    bar.close()
     spent = before + time.time() - started
-    save()
+    if stopping:
+        save()
+        stop.together(world)
     if broken:
         say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")
     measures = validate()
+    stop.release()
+    bar.close()
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
         draw_sheet(sheet, model, tokenizer, names, val[:12], **size)
@@ -505,13 +571,7 @@ def summary(measures, pictures, sheet):
 
 
 def main(argv=None):
-    try:
-        train(*parse(argv))
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("pretrain.py", lambda stop: train(*parse(argv), stop))
 
 
 if __name__ == "__main__":
