@@ -1,12 +1,14 @@
 """Each command of the README runs: as it stands there, with small data and a small model appended."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 
 from conftest import ROOT, TINY
+from PIL import Image
 
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
 SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1", "--device", "cpu"]
@@ -18,14 +20,28 @@ def commands():
     """The README's command lines without what is installed before and what is said after, in their order."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         lines = [line.strip().split("&& ")[-1] for line in file if line.startswith("    ")]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun "))]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun ", "cat "))]
+
+
+def a_task_of_your_own():
+    """The program in the README's section of that name."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        section = file.read().split("## Add a task of your own\n")[1].split("\n## ")[0]
+    return [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
 
 
 def test_every_command_runs(world, tmp_path):
     found = commands()
     assert len(found) >= 10 and sum(words[0] == "torchrun" for words in found) >= 2
     shutil.copytree(world, tmp_path / "DIR")
+    picture = sorted((tmp_path / "DIR/coco/val2017").iterdir())[0]
+    shutil.copy(picture, tmp_path / "a.jpg")
+    Image.open(picture).save(tmp_path / "b.png")
     for words in found:
+        given = None
+        if words[0] == "cat":
+            assert words[2] == "|"
+            given, words = open(tmp_path / words[1], "rb"), words[3:]
         if "pytest" in words:
             continue
         launch = [sys.executable]
@@ -42,6 +58,25 @@ def test_every_command_runs(world, tmp_path):
             flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
         elif script == "shapes.py":
             flags += ["--train", "16", "--val", "2", "--test", "2"]
-        done = subprocess.run([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True,
+        done = subprocess.run([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True, stdin=given,
                               capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, (words, done.stderr[-2000:])
+
+
+def test_a_task_of_your_own_runs(world, tmp_path):
+    """The README's example, as it stands there; that it learns takes longer than a test may."""
+    program = a_task_of_your_own()
+    while not program[0]:
+        program = program[1:]
+    while not program[-1]:
+        program = program[:-1]
+    assert program[0].startswith('"""How many objects') and len(program) <= 40
+    (tmp_path / "count.py").write_text("\n".join(program))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    made = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *TINY, "--data", world, "--steps", "1",
+                           "--output", tmp_path / "run"], capture_output=True, text=True, env=environment, timeout=200)
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([sys.executable, tmp_path / "count.py", tmp_path / "run/last.pt", world, "2"], text=True,
+                          capture_output=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"right [01]\.\d\d, always the commonest [01]\.\d\d\n", done.stdout)
