@@ -56,7 +56,7 @@ from data import (
     stop_processes,
     summed,
 )
-from evaluate import BEST_BY, answer_task, run_facts, score_answers, task_gallery, write_report
+from evaluate import BEST_BY, answer_task, check_output, run_facts, score_answers, task_gallery, write_report
 from matcher import LOSS_WEIGHTS as SET_WEIGHTS
 from matcher import count, set_loss
 from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
@@ -66,7 +66,6 @@ from pretrain import (
     add_device_flags,
     add_model_flags,
     check_flags,
-    check_output,
     clear_output,
     config_of,
     divide_batch,

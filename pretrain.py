@@ -49,7 +49,7 @@ from data import (
     stop_processes,
     summed,
 )
-from evaluate import draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
+from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
 from matcher import LOSS_WEIGHTS, count, set_loss
 from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, save_checkpoint
 
@@ -225,18 +225,6 @@ def divide_batch(args, world):
     share = args.batch_size // world
     return share, next(n for n in range(1, share + 1) if share % n == 0 and (not args.micro_batch or
                                                                              share // n <= args.micro_batch))
-
-
-def check_output(folder):
-    """Make the folder and see that it can be written: better now than after hours."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        probe = os.path.join(folder, f".probe-{os.getpid()}")
-        with open(probe, "w"):
-            pass
-        os.remove(probe)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
 
 
 def clear_output(folder, resumed, say):
