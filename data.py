@@ -1340,10 +1340,19 @@ class Stopping:
 
 def ignore_signals(worker):
     """For the processes of a DataLoader, which the terminal and torchrun signal as well: the training still needs them
-    to finish its step, and it ends them itself.
+    to finish its step. Only the training process itself ends them, by SIGTERM.
     """
-    for number in Stopping.NAMES:
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; there is no other way to know who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+        def wait():
+            while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+                pass
+            os._exit(0)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def command(script, work):

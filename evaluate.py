@@ -1220,12 +1220,14 @@ def watched(modules):
 
 
 def write_safely(path, content):
-    """bytes or text to a temporary name, then renamed, so that `path` is always whole."""
+    """bytes or text to a temporary name, then renamed, so that `path` is always whole. InputError if that fails."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or give another place") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1409,8 +1411,8 @@ def check_asked(args, task):
     if task not in can[what]:
         is_it = f"fine-tuned for {task}" if task else "pre-trained, and fine-tuned for no task"
         raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked " + "; ".join(Viewer.CAN[task]))
-    if args.attention and what not in ("question", "sentence") and task not in ("", "detection"):
-        raise InputError("--attention: give --sentence, whose words are watched")
+    if args.attention and (what == "find" or what == "image alone" and task not in ("", "detection")):
+        raise InputError("--attention: goes with --sentence or --question, whose words are watched")
 
 
 def show_own(args, viewer):
@@ -1421,6 +1423,12 @@ def show_own(args, viewer):
     check_asked(args, viewer.task)
     if args.image.count("-") > 1:
         raise InputError("--image -: standard input can be read once")
+    longest = viewer.tokenizer.max_tokens - 2
+    for text in filter(None, (args.question, args.statement, args.find, args.sentence)):
+        pieces = len(viewer.tokenizer.wordpiece.encode(text, add_special_tokens=False).ids)
+        if pieces > longest:
+            print(f"evaluate.py: {text[:40]!r}: has {pieces} word pieces; the model reads the first {longest}",
+                  file=sys.stderr)
     paths, bad = list(own_pictures(args.image)), []
     folder = Folder(args.output, [file for _, file in paths]) if args.output else None
 
@@ -1738,10 +1746,16 @@ def read_report(folder):
 
 
 def write_report(folder, facts, gallery):
-    """FOLDER/report.html and what it is made of, report.json, from FOLDER/log.jsonl, `run_facts` and a Gallery."""
+    """FOLDER/report.html and what it is made of, report.json, from FOLDER/log.jsonl, `run_facts` and a Gallery.
+
+    One that cannot be written is said and no more: a training should not end for the want of its report.
+    """
     kept = {**facts, "pictures": gallery.pictures, "gallery": gallery.items}
-    write_safely(os.path.join(folder, "report.json"), json.dumps(kept))
-    write_safely(os.path.join(folder, "report.html"), report_page([read_run(folder)]))
+    try:
+        write_safely(os.path.join(folder, "report.json"), json.dumps(kept))
+        write_safely(os.path.join(folder, "report.html"), report_page([read_run(folder)]))
+    except InputError as error:
+        tqdm.write(f"no report: {error}", file=sys.stderr)
 
 
 def read_run(folder):

@@ -541,12 +541,12 @@ def train(args, state, stop):
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
         draw_sheet(sheet, model, tokenizer, names, val[:12], **size)
-        say(summary(measures, len(val), sheet))
+        say(summary(measures, len(val), args.output))
     stop_processes(world)
 
 
-def summary(measures, pictures, sheet):
-    """One sentence: what the model learnt, with a blind model's figures beside it, and where the sheet is."""
+def summary(measures, pictures, folder):
+    """One sentence: what the model learnt, with a blind model's figures beside it, and where to look."""
     says = (("mlm_accuracy_visual", "it guesses {} of the hidden words that the picture decides"),
             ("itm_accuracy", "tells its own sentences from others at {}"),
             ("itm_accuracy_foil", "and from those with one wrong word at {}"),
@@ -555,7 +555,7 @@ def summary(measures, pictures, sheet):
             ("caption_objects", "and {} of its captions name only what is there"))
     parts = [text.format(f"{measures[f'val_{name}']:.2f} (blind {measures[f'blind_{name}']:.2f})")
              for name, text in says if f"val_{name}" in measures]
-    return f"On {pictures} held-out pictures {', '.join(parts)}; see {sheet}"
+    return f"On {pictures} held-out pictures {', '.join(parts)}; see {folder}/report.html and sheet.png"
 
 
 def main(argv=None):

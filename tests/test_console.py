@@ -145,8 +145,9 @@ def test_torchrun_passes_a_signal_on(script, number, whole, options, world, tmp_
     assert code != 0 and said == [f"stopped at step {state['step']} by {name}; go on with: torchrun ... {script} "
                                   f"--resume {folder}/last.pt"], err
     assert not left_over(folder)
-    code, _, err = python(script, "--resume", f"{folder}/last.pt", "--steps", state["step"] + 1)
-    assert code == 0 and load_checkpoint(f"{folder}/last.pt")["step"] == state["step"] + 1, err
+    if script == "finetune.py":  # pre-training goes on in the test above
+        code, _, err = python(script, "--resume", f"{folder}/last.pt", "--steps", state["step"] + 1)
+        assert code == 0 and load_checkpoint(f"{folder}/last.pt")["step"] == state["step"] + 1, err
 
 
 OTHER_MOMENTS = """

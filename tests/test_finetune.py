@@ -63,7 +63,7 @@ def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_pat
     assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
     scores = {k[4:]: v for k, v in val.items() if k.startswith("val_")}
     assert set(scores) == KEYS[task]
-    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl"]
+    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl", "report.html", "report.json"]
     if task in ("vqa", "nlvr2"):
         head = {"vqa": "answer", "nlvr2": "pair"}[task]
         assert f"not in the checkpoint, starts anew: {head}.0.weight" in said

@@ -220,6 +220,7 @@ def test_watched_weights_are_those_the_model_uses():
     ("caption", ["--find", "a dog"], "fine-tuned for caption; it can be asked --image alone: caption"),
     ("nlvr2", ["--statement", "a", "--attention", "x"], "fine-tuned for nlvr2; it can be asked --statement"),
     ("flickr30k", ["--attention", "x"], "fine-tuned for flickr30k; it can be asked --sentence"),
+    ("", ["--find", "a", "--attention", "x"], "--attention: goes with --sentence or --question"),
     ("detection", ["--statement", "a"], "fine-tuned for detection"),
     ("", ["--find", "a", "--sentence", "b"], "--find, --sentence: give one of them"),
     ("", ["--find", " "], "--find: is empty"), ("", ["--data", "x"], "--data: is for measures"),
