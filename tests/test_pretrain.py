@@ -60,7 +60,7 @@ def test_a_run_writes_its_log_checkpoint_and_sheet(run):
                  "AP_no_sentence", "AP50_no_sentence", "attribute_accuracy", "caption_objects"):
         assert 0 <= values[f"val_{name}"] <= 1 and 0 <= values[f"blind_{name}"] <= 1
     last = said.strip().splitlines()[-1]
-    assert last.startswith("On 4 held-out pictures it guesses") and last.endswith(f"{folder}/sheet.png")
+    assert last.startswith("On 4 held-out pictures it guesses") and last.endswith(f"{folder}/report.html and sheet.png")
     assert f"{values['val_caption_objects']:.2f} (blind {values['blind_caption_objects']:.2f})" in last
     with Image.open(f"{folder}/sheet.png") as image:
         assert image.size[0] > 1000 and len(image.convert("RGB").getcolors(10 ** 6)) > 10
