@@ -2015,42 +2015,47 @@ def parse(argv):
         description="Measure a checkpoint, score a result file, ask about pictures of one's own, or compare runs.",
         usage="evaluate.py --checkpoint FILE (--data DIR | --image PICTURE ...) | --score FILE | --report RUN ...",
         formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
+    parser.add_argument("--checkpoint", metavar="FILE", help="what pretrain.py or finetune.py wrote")
     g = parser.add_argument_group("measures on a data set")
     g.add_argument("--task", choices=TASKS, help="score a fine-tuned checkpoint, or with --score a result file")
-    g.add_argument("--data", help="the data folder (README: the data tree)")
-    g.add_argument("--index", help="where the index of the data lies (default: DATA/.index)")
+    g.add_argument("--data", metavar="DIR", help="the data folder (README: the data tree)")
+    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
     g.add_argument("--split", default="val", help="val or test; vqa also test-dev; detection has no test")
-    g.add_argument("--submit", help="write the results in the official server's format to this file")
-    g.add_argument("--sheet", help="pre-trained: draw a dozen pictures with what was found to this PNG file")
-    g.add_argument("--examples", type=int, default=0, help="use the first ones only (0: all; pre-trained: 1000)")
+    g.add_argument("--submit", metavar="FILE", help="write the results in the official server's format to this file")
+    g.add_argument("--sheet", metavar="FILE",
+                   help="pre-trained: draw a dozen pictures with what was found to this PNG file")
+    g.add_argument("--examples", type=int, default=0, metavar="N",
+                   help="the first N only; default: all, pre-trained 1000")
     g.add_argument("--blind", action="store_true", help="show the mean picture in place of each")
     g.add_argument("--text", choices=("caption", "none"), help="sentence for detection (default: as trained)")
     g.add_argument("--objects", action="store_true", help="caption: caption_objects too, by Visual Genome's boxes")
-    g.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
+    g.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time")
     g = parser.add_argument_group("anybody's results, no model involved")
-    g.add_argument("--score", help="a result file")
-    g.add_argument("--against", help="the official annotation file that it is compared with")
-    g.add_argument("--questions", help="VQA: the questions that may be answered")
+    g.add_argument("--score", metavar="FILE", help="a result file")
+    g.add_argument("--against", metavar="FILE", help="the official annotation file that it is compared with")
+    g.add_argument("--questions", metavar="FILE", help="VQA: the questions that may be answered")
     g = parser.add_argument_group("pictures of one's own")
     g.add_argument("--image", nargs="+", metavar="PICTURE", help="files, folders, or - for standard input")
-    g.add_argument("--question", help="a VQA checkpoint: the five likeliest answers")
-    g.add_argument("--statement", help="an NLVR2 checkpoint: is it true of two pictures, left and right?")
+    g.add_argument("--question", metavar="SENTENCE", help="a VQA checkpoint: the five likeliest answers")
+    g.add_argument("--statement", metavar="SENTENCE",
+                   help="an NLVR2 checkpoint: is it true of two pictures, left and right?")
     g.add_argument("--find", metavar="SENTENCE", help="pre-trained or for retrieval: the pictures by how well it fits")
-    g.add_argument("--sentence", help="pre-trained or for retrieval: does it belong to the picture? Objects are looked "
-                                      "for with it")
-    g.add_argument("--attention", metavar="FOLDER", help="draw where each word and each object looks, by layer")
-    g.add_argument("--threshold", type=float, default=0.5, help="objects: least probability, 0 to 1")
+    g.add_argument("--sentence", help="pre-trained or for retrieval: does it belong to the picture? Pre-trained or for "
+                                      "detection: objects are looked for with it")
+    g.add_argument("--attention", metavar="DIR", help="draw where each word and each object looks, by layer")
+    g.add_argument("--threshold", type=float, default=0.5, metavar="P", help="objects: least probability, 0 to 1")
     g = parser.add_argument_group("reports")
     g.add_argument("--report", nargs="+", metavar="RUN", help="folders of runs (their --output): write report.html of "
                                                               "one anew, or compare several on one page")
     g = parser.add_argument_group("output")
-    g.add_argument("--json", help="write the measures, or what was answered of one's own pictures, to this file")
-    g.add_argument("--output", help="folder: drawn pictures and results.json of --image; report.html of --report "
-                                    "(default: a single run's own folder)")
+    g.add_argument("--json", metavar="FILE",
+                   help="write the measures, or what was answered of one's own pictures, to this file")
+    g.add_argument("--output", metavar="DIR",
+                   help="folder: drawn pictures and results.json of --image; report.html of --report (default: a single "
+                        "run's own folder; the folder that several lie in)")
     g = parser.add_argument_group("model")
-    g.add_argument("--beam", type=int, default=4, help="captions: beams of the search")
-    g.add_argument("--alpha", type=float, default=0.9, help="captions: length penalty")
+    g.add_argument("--beam", type=int, default=4, metavar="N", help="captions: beams of the search")
+    g.add_argument("--alpha", type=float, default=0.9, metavar="A", help="captions: length penalty")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     args = parser.parse_args(argv)
@@ -2065,10 +2070,7 @@ def parse(argv):
     if args.score:
         if not args.task or not args.against:
             raise InputError("--score: needs --task and --against, the official annotation file")
-    elif args.report:
-        if len(args.report) > 1 and not args.output:
-            raise InputError("--report: give --output, a folder for the page that compares the runs")
-    elif not args.checkpoint or not (args.image or args.data):
+    elif not args.report and (not args.checkpoint or not (args.image or args.data)):
         raise InputError("give --checkpoint and --data (measures) or --image (pictures of your own); or --task, "
                          "--score and --against; or --report")
     if not args.image:
@@ -2198,7 +2200,8 @@ def run_own(args):
 def run_report(args):
     """--report: writes the page."""
     page = report_page([read_run(folder) for folder in args.report])
-    folder = args.output or args.report[0]
+    folder = args.output or (args.report[0] if len(args.report) == 1 else
+                             os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in args.report]))
     check_output(folder)
     path = os.path.join(folder, "report.html")
     write_safely(path, page)

@@ -239,7 +239,7 @@ def test_one_bar_at_a_time_whose_end_is_where_the_minutes_end(whole, world, tmp_
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "data", "shapes"])
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "model", "data", "shapes"])
 def test_help_says_each_default_once(script, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:

@@ -76,6 +76,13 @@ def test_several_runs_on_one_page(runs, tmp_path, capsys):
     assert page.count('class="side answer"') == 2 * cards
 
 
+def test_without_output_the_page_is_where_the_runs_are(runs, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(runs / "a", tmp_path / "runs" / name)
+    assert evaluate.main(["--report", str(tmp_path / "runs/a"), str(tmp_path / "runs/b")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/runs/report.html\n"
+
+
 def test_one_report_is_written_anew(runs, tmp_path):
     shutil.copytree(runs / "a", tmp_path / "a")
     os.remove(tmp_path / "a/report.html")
