@@ -2051,7 +2051,7 @@ def parse(argv):
     g.add_argument("--json", metavar="FILE",
                    help="write the measures, or what was answered of one's own pictures, to this file")
     g.add_argument("--output", metavar="DIR",
-                   help="folder: drawn pictures and results.json of --image; report.html of --report (default: a single "
+                   help="folder: drawn pictures and results.json of --image; report.html of --report (default: the "
                         "run's own folder; the folder that several lie in)")
     g = parser.add_argument_group("model")
     g.add_argument("--beam", type=int, default=4, metavar="N", help="captions: beams of the search")
