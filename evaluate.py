@@ -1779,8 +1779,11 @@ def read_run(folder):
 
 
 def points_of(run, key, most=300):
-    """[(step, value)] of a log key, where it is a finite number; more than `most` are drawn together by their mean."""
-    points = [(line["step"], line[key]) for line in run["lines"] if _is(line.get(key), NUMBER)]
+    """[(step, value)] of a log key, where it is a finite number; more than `most` are drawn together by their mean.
+
+    pycocotools says -1 where there is nothing to measure (no object of that size): that is no point.
+    """
+    points = [(line["step"], line[key]) for line in run["lines"] if _is(line.get(key), NUMBER) and line[key] != -1]
     size = -(-len(points) // most)
     return [tuple(sum(column) / len(part) for column in zip(*part))
             for part in (points[at:at + size] for at in range(0, len(points), size or 1))]
@@ -2013,7 +2016,9 @@ def report_page(runs, limit=5_000_000):
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Measure a checkpoint, score a result file, ask about pictures of one's own, or compare runs.",
-        usage="evaluate.py --checkpoint FILE (--data DIR | --image PICTURE ...) | --score FILE | --report RUN ...",
+        usage="evaluate.py --checkpoint FILE (--data DIR | --image PICTURE ...)\n"
+              "       evaluate.py --task TASK --score FILE --against FILE\n"
+              "       evaluate.py --report RUN [RUN ...]",
         formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", metavar="FILE", help="what pretrain.py or finetune.py wrote")
     g = parser.add_argument_group("measures on a data set")
