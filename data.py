@@ -1355,6 +1355,16 @@ def ignore_signals(worker):
         threading.Thread(target=wait, daemon=True).start()
 
 
+def launch(script, words):
+    """The command line that starts a script as this process was started."""
+    start = ["python"]
+    if "RANK" in os.environ:
+        start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            start.insert(1, f"--nnodes={os.environ['GROUP_WORLD_SIZE']}")
+    return shlex.join([*start, script, *words])
+
+
 def command(script, work):
     """What a script's main does: work(stop), where stop is a Stopping. What ends it early is said in one line.
 
@@ -1369,9 +1379,8 @@ def command(script, work):
         except Stopped:
             code, says = 128 + stop.number, f"{script}: stopped by {stop.NAMES[stop.number]}"
             if stop.saved:
-                start = "torchrun ..." if "RANK" in os.environ else "python"
-                says = (f"stopped at step {stop.saved[0]} by {stop.NAMES[stop.number]}; go on with: {start} {script} "
-                        f"--resume {shlex.quote(stop.saved[1])}")
+                says = (f"stopped at step {stop.saved[0]} by {stop.NAMES[stop.number]}; go on with: "
+                        f"{launch(script, ['--resume', stop.saved[1]])}")
         for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand behind a bar
             bar.close()
         if int(os.environ.get("RANK", 0)) == 0:

@@ -32,7 +32,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -53,7 +52,6 @@ from tqdm import tqdm
 from data import (
     HelpFormatter,
     InputError,
-    Stopped,
     Tokenizer,
     attempt,
     command,
@@ -61,6 +59,7 @@ from data import (
     gathered,
     index_pretraining,
     index_task,
+    launch,
     load_picture,
     mask_words,
     normalise_answer,
@@ -1066,26 +1065,6 @@ def score_answers(task, said, examples, data, split, objects=False):
 # Looking: what the model says of one picture
 
 
-def named_objects(objects, row, names, source, size, threshold=0.5):
-    """The objects of picture `row` in what `detect` gave, the surest first, those above the threshold:
-    [{"name", "attributes": [...], "score", "box": [x, y, w, h] in pixels of size (height, width), "query"}].
-    """
-    scores, labels, boxes = (x[row].cpu() for x in found_objects(objects, source))
-    boxes = boxes_in_pixels(boxes, size)
-    attributes = objects["attributes"][-1, row].float().softmax(-1).cpu()
-    found = []
-    for q in scores.argsort(descending=True).tolist():
-        if scores[q] <= threshold:
-            break
-        # A box's attributes share one softmax, so k of them come to about 1 / k each.
-        likely = sorted(attributes[q].argsort(descending=True)[:3].tolist()) if source == "vg" else []
-        found.append({
-            "name": names[source][labels[q]].split(",")[0], "score": round(scores[q].item(), 4),
-            "attributes": [names["attributes"][a].split(",")[0] for a in likely if attributes[q, a] > 0.15],
-            "box": [round(v, 1) for v in boxes[q].tolist()], "query": q})
-    return found
-
-
 def label_of(thing):
     return " ".join([*thing["attributes"], thing["name"]])
 
@@ -1093,17 +1072,27 @@ def label_of(thing):
 class Viewer:
     """A checkpoint's model with what is needed to show it pictures that are in no data set."""
 
-    # What a checkpoint can be asked, by what it was fine-tuned for
-    CAN = {"": ("--image alone: caption, objects with attributes", "--sentence", "--find", "--attention"),
-           "vqa": ("--question", "--attention with --question"), "nlvr2": ("--statement",),
-           "caption": ("--image alone: caption",), "flickr30k": ("--sentence", "--find", "--attention"),
-           "detection": ("--image alone: objects", "--sentence", "--attention")}
-
-    def __init__(self, model, tokenizer, names, *, short, long, device="cpu", amp=False, beam=4, alpha=0.9):
+    def __init__(self, model, tokenizer, names, *, short, long, device="cpu", amp=False, beam=4, alpha=0.9,
+                 without=(), text="caption"):
+        """without, text: the flags of its training, which say what it never learnt."""
         self.model, self.tokenizer, self.names = model.eval(), tokenizer, names
         self.short, self.long, self.device, self.amp = short, long, device, amp
-        self.beam, self.alpha, self.task = beam, alpha, model.config.task
+        self.beam, self.alpha, self.task, self.text = beam, alpha, model.config.task, text
         self.source = "vg" if names["vg"] and not self.task else "coco"
+        self.captions = self.task in ("", "caption") and "caption" not in without
+        self.objects = self.task in ("", "detection") and "detection" not in without
+        self.attributes = self.source == "vg" and "attributes" not in without
+        self.matches = self.task in ("", "flickr30k") and "itm" not in without  # sentences and pictures
+
+    def can(self):
+        """{what it can be asked: how that is said}"""
+        alone = ["caption"] * self.captions + [f"objects{' with attributes' * self.attributes}"] * self.objects
+        return {key: says for key, says, able in (
+            ("image alone", f"--image alone ({', '.join(alone)})", alone),
+            ("question", "--question", self.task == "vqa"), ("statement", "--statement", self.task == "nlvr2"),
+            ("sentence", "--sentence", self.matches or self.objects and self.text != "none"),
+            ("find", "--find", self.matches),
+            ("attention", "--attention", self.task == "vqa" or self.matches or self.objects)) if able}
 
     def encode(self, *images, sentence=None):
         """PIL images -> (their grid, the sentence's tokens for each of them or None)."""
@@ -1117,6 +1106,24 @@ class Viewer:
     def autocast(self):
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.amp)
 
+    def named(self, objects, image, threshold):
+        """The objects in what `detect` gave for one picture, the surest first, those above the threshold:
+        [{"name", "attributes": [...], "score", "box": [x, y, w, h] in pixels of the image, "query"}].
+        """
+        scores, labels, boxes = (x[0].cpu() for x in found_objects(objects, self.source))
+        boxes, found = boxes_in_pixels(boxes, image.size[::-1]), []
+        attributes = objects["attributes"][-1, 0].float().softmax(-1).cpu()
+        for q in scores.argsort(descending=True).tolist():
+            if scores[q] <= threshold:
+                break
+            # A box's attributes share one softmax, so k of them come to about 1 / k each.
+            likely = sorted(attributes[q].argsort(descending=True)[:3].tolist()) if self.attributes else []
+            found.append({
+                "name": self.names[self.source][labels[q]].split(",")[0], "score": round(scores[q].item(), 4),
+                "attributes": [self.names["attributes"][a].split(",")[0] for a in likely if attributes[q, a] > 0.15],
+                "box": [round(v, 1) for v in boxes[q].tolist()], "query": q})
+        return found
+
     @torch.no_grad()
     def describe(self, image, sentence=None, threshold=0.5):
         """{"caption", "objects", "match"}, those of them that the model was trained for; match: the probability that
@@ -1125,13 +1132,12 @@ class Viewer:
         said = {}
         with self.autocast():
             grid, tokens = self.encode(image, sentence=sentence)
-            if self.task in ("", "caption"):
+            if self.captions:
                 said["caption"] = self.tokenizer.decode(
                     self.model.generate(self.model.encode(grid), beam=self.beam, alpha=self.alpha)[0][0])
-            if self.task in ("", "detection"):
-                objects = self.model.detect(self.model.encode(grid, tokens))
-                said["objects"] = named_objects(objects, 0, self.names, self.source, image.size[::-1], threshold)
-            if tokens is not None and self.task in ("", "flickr30k"):
+            if self.objects:
+                said["objects"] = self.named(self.model.detect(self.model.encode(grid, tokens)), image, threshold)
+            if tokens is not None and self.matches:
                 said["match"] = round(self.model.similarity(grid, tokens).sigmoid().item(), 4)
         return said
 
@@ -1167,27 +1173,25 @@ class Viewer:
         """
         stride = self.model.config.stride
         height, width = to_pixels(image, self.short, self.long).shape[-2:]
-        found = {"words": [], "objects": [], "grid": (-(-height // stride), -(-width // stride))}
+        words = [] if sentence is None else [self.tokenizer.vocabulary[t] for t in self.tokenizer.encode(sentence)]
+        found = {"words": words, "objects": [], "grid": (-(-height // stride), -(-width // stride))}
         encoder = [layer.attention for layer in self.model.encoder]
         decoder = [layer.cross_attention for layer in self.model.decoder]
-        with self.autocast(), watched(encoder) as by_word, watched(decoder) as by_query:
+        with self.autocast(), watched(encoder, len(words)) as by_word, watched(decoder) as by_query:
             grid, tokens = self.encode(image, sentence=sentence)
             memory = self.model.encode(grid, tokens)
-            if self.task in ("", "detection"):
-                found["objects"] = named_objects(self.model.detect(memory), 0, self.names, self.source,
-                                                 image.size[::-1], threshold)
-        if tokens is not None:
-            found["words"] = [self.tokenizer.vocabulary[t] for t in tokens[0].tolist()]
-        T = len(found["words"])
-        found["encoder"] = torch.stack([layer[0][0, :, :T].mean(0) for layer in by_word])
+            if self.objects:
+                found["objects"] = self.named(self.model.detect(memory), image, threshold)
+        found["encoder"] = torch.stack([layer[0][0].mean(0) for layer in by_word])
         queries = [thing["query"] for thing in found["objects"]]
         found["decoder"] = torch.stack([layer[0][0, :, queries].mean(0) for layer in by_query]) if queries else None
         return found
 
 
 @contextlib.contextmanager
-def watched(modules):
-    """The weights of these Attention modules while the block runs: for each a list of (B, heads, T, S), one a call.
+def watched(modules, first=None):
+    """The weights of these Attention modules while the block runs: for each a list of (B, heads, T, S), one a call;
+    of the first queries only, if a number is given: those of all cells would be the square of the grid.
 
     F.scaled_dot_product_attention never gives its weights away (the quick ways of computing it do not even have them in
     one place), so they are computed again from what it was given: softmax(q k^T / sqrt(width of a head)).
@@ -1199,7 +1203,7 @@ def watched(modules):
             query, (k, _), *rest = args
             assert not kwargs.get("causal"), "captions' words are not watched"
             with torch.autocast(k.device.type, enabled=False):
-                q = F.linear(query.float(), module.q.weight, module.q.bias)
+                q = F.linear(query[:, :first].float(), module.q.weight, module.q.bias)
                 scores = module.split(q) @ k.float().transpose(-1, -2) / math.sqrt(k.shape[-1])
             mask = rest[0] if rest else kwargs.get("mask")  # True = may be attended to
             if mask is not None:
@@ -1221,26 +1225,29 @@ def watched(modules):
 
 def write_safely(path, content):
     """bytes or text to a temporary name, then renamed, so that `path` is always whole. InputError if that fails."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    path = os.path.realpath(path)  # a link stays a link
+    plain = not os.path.exists(path) or os.path.isfile(path)  # /dev/stdout is none, and is not to be replaced
+    temporary = f"{path}.{os.getpid()}.tmp" if plain else path
     try:
         with open(temporary, "wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
+        if plain:
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or give another place") from None
     finally:
-        if os.path.exists(temporary):
+        if plain and os.path.exists(temporary):
             os.remove(temporary)
 
 
-def as_png(image):
+def as_png(image, **options):
     file = io.BytesIO()
-    image.save(file, format="PNG", optimize=True)
+    image.save(file, format="PNG", **options)
     return file.getvalue()
 
 
 def draw_answer(image, objects=(), lines=(), side=None):
-    """A picture with the boxes of `named_objects` and lines of text below it. side: its longer side in pixels, by
+    """A picture with the boxes of `Viewer.named` and lines of text below it. side: its longer side in pixels, by
     default its own, but 600 at least, so that the labels can be read, and 1600 at most.
     """
     side = side or min(max(*image.size, 600), 1600)
@@ -1291,8 +1298,9 @@ def draw_sheet(path, model, tokenizer, names, pictures, **settings):
     for picture in pictures:
         image = load_picture(picture.file)
         said = viewer.describe(image)
-        tiles.append(draw_answer(image, said["objects"], [f"says: {said['caption']}"], side=300))
-    write_safely(path, as_png(contact_sheet(tiles).quantize(128)))
+        below = [f"says: {said['caption']}"] if "caption" in said else []
+        tiles.append(draw_answer(image, said.get("objects", ()), below, side=300))
+    write_safely(path, as_png(contact_sheet(tiles).quantize(128), optimize=True))
 
 
 def draw_attention(image, title, rows, grid, side=150):
@@ -1334,27 +1342,35 @@ def draw_attention(image, title, rows, grid, side=150):
 
 
 def own_pictures(paths):
-    """(name, file name or bytes) of each picture of --image: files, folders (those in them), "-" (standard input).
+    """(name, file name or bytes) of each picture of --image: files, folders, "-" (standard input).
 
-    A path with no picture to try comes as (name, None).
+    Of a folder those whose ending is a picture's, not its hidden files and not its folders. A path with no picture to
+    try comes as (name, what is wrong with it).
     """
-    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow knows their endings, not what is in them
+    kinds = {ending for ending, kind in Image.registered_extensions().items()
+             if kind in Image.OPEN and kind not in no_pictures} | {".heic", ".heif"}  # telephones', to be named
     for path in paths:
         if path == "-":
             yield "stdin", io.BytesIO(sys.stdin.buffer.read())
         elif os.path.isdir(path):
-            inside = sorted(name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in kinds)
+            try:
+                inside = sorted(name for name in os.listdir(path)
+                                if os.path.splitext(name)[1].lower() in kinds and not name.startswith("."))
+            except OSError as error:
+                yield path, InputError(f"{path}: cannot be read ({error.strerror})")
+                continue
             yield from ((os.path.join(path, name), os.path.join(path, name)) for name in inside)
             if not inside:
-                yield path, None
+                yield path, InputError(f"{path}: no picture in this folder")
         else:
             yield path, path
 
 
 def open_own(name, file):
     """The picture as a person sees it: a camera's rotation is applied. InputError if there is none."""
-    if file is None:
-        raise InputError(f"{name}: no picture in this folder")
+    if isinstance(file, InputError):
+        raise file
     try:
         return load_picture(file, upright=True)
     except FileNotFoundError:
@@ -1396,23 +1412,23 @@ def check_output(folder, flag="--output"):
         raise InputError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
 
 
-def check_asked(args, task):
+def check_asked(args, viewer):
     """InputError if this checkpoint cannot do what is asked, with what it can."""
     asked = [flag for flag in ("question", "statement", "find", "sentence") if getattr(args, flag) is not None]
     if len(asked) > 1:
         raise InputError(f"--{asked[0]}, --{asked[1]}: give one of them")
     if asked and not getattr(args, asked[0]).strip():
         raise InputError(f"--{asked[0]}: is empty")
-    can = {"question": ("vqa",), "statement": ("nlvr2",), "find": ("", "flickr30k"),
-           "sentence": ("", "flickr30k", "detection"), "image alone": ("", "caption", "detection")}
-    what = asked[0] if asked else "image alone"
-    if args.attention and task in ("nlvr2", "caption"):
-        what, can["attention"] = "attention", ()
-    if task not in can[what]:
-        is_it = f"fine-tuned for {task}" if task else "pre-trained, and fine-tuned for no task"
-        raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked " + "; ".join(Viewer.CAN[task]))
-    if args.attention and (what == "find" or what == "image alone" and task not in ("", "detection")):
+    can, asked = viewer.can(), asked or ["image alone"]
+    for what in [*asked, "attention"] if args.attention else asked:
+        if what not in can and not (args.attention and what == "image alone"):
+            is_it = f"fine-tuned for {viewer.task}" if viewer.task else "pre-trained, and fine-tuned for no task"
+            raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked {', '.join(can.values())}")
+    if args.attention and (asked[0] == "find" or asked[0] == "image alone" and not viewer.objects):
         raise InputError("--attention: goes with --sentence or --question, whose words are watched")
+    if viewer.task == "detection" and viewer.text == "caption" and args.sentence is None:
+        print(f"evaluate.py: {args.checkpoint} has learnt to find objects with a sentence; give --sentence for better "
+              "boxes", file=sys.stderr)
 
 
 def show_own(args, viewer):
@@ -1420,7 +1436,7 @@ def show_own(args, viewer):
 
     A picture that cannot be read is named on stderr and left out; the exit code is then 2. Ctrl-C keeps what is done.
     """
-    check_asked(args, viewer.task)
+    check_asked(args, viewer)
     if args.image.count("-") > 1:
         raise InputError("--image -: standard input can be read once")
     longest = viewer.tokenizer.max_tokens - 2
@@ -1440,7 +1456,7 @@ def show_own(args, viewer):
                 tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
                 bad.append(name)
 
-    results, code = [], 0
+    results = []
     try:
         if args.statement is not None:
             results.append(show_statement(args, viewer, list(itertools.islice(readable(), 3))))
@@ -1451,14 +1467,12 @@ def show_own(args, viewer):
         else:
             for name, _, image in readable():
                 results.append(show_one(args, viewer, name, image, folder))
-    except Stopped:
-        print(f"evaluate.py: stopped after {len(results)} of {len(paths)} pictures", file=sys.stderr)
-        code = 130
-    if folder:
-        write_safely(os.path.join(args.output, "results.json"), json.dumps(results, indent=1))
-    if args.json:
-        write_safely(args.json, json.dumps(results, indent=1))
-    return code or (2 if bad else 0)
+    finally:  # also what was answered before Ctrl-C
+        if folder and results:
+            write_safely(os.path.join(args.output, "results.json"), json.dumps(results, indent=1))
+        if args.json and results:
+            write_safely(args.json, json.dumps(results, indent=1))
+    return 2 if bad else 0
 
 
 def show_one(args, viewer, name, image, folder):
@@ -1575,14 +1589,13 @@ class Gallery:
         self.pictures, self.items = {}, []
 
     def picture(self, file):
-        """Keep a small copy of a picture's file; returns the key that items name it by."""
-        if file not in self.pictures:
-            image = load_picture(file, 320, 320)
-            image.thumbnail((320, 320))
-            small = io.BytesIO()
-            image.save(small, format="JPEG", quality=85)
-            self.pictures[file] = {"size": image.size, "jpeg": base64.b64encode(small.getvalue()).decode()}
-        return file
+        """Keep a small copy of a picture's file; returns the key that items name it by, the same in each run."""
+        image, small = load_picture(file, 320, 320), io.BytesIO()
+        image.thumbnail((320, 320))
+        image.save(small, format="JPEG", quality=85)
+        key = hashlib.sha1(small.getvalue()).hexdigest()[:12]
+        self.pictures[key] = {"size": image.size, "jpeg": base64.b64encode(small.getvalue()).decode()}
+        return key
 
     def add(self, kinds, score, says, asks, truth, answer, pictures=()):
         self.items.append({"kinds": list(kinds), "score": round(float(score), 4), "says": says, "asks": asks,
@@ -1613,16 +1626,17 @@ def some(things, most):
 
 
 @torch.no_grad()
-def pretrained_gallery(model, tokenizer, names, pictures, most=20, **settings):
-    """Objects, captions, hidden words and pairs of some held-out pictures."""
-    viewer, gallery, chosen = Viewer(model, tokenizer, names, beam=1, **settings), Gallery(), some(pictures, most)
+def pretrained_gallery(model, tokenizer, names, pictures, most=20, without=(), **settings):
+    """Objects, captions, hidden words, pairs of some held-out pictures; without: the losses it was trained without."""
+    viewer = Viewer(model, tokenizer, names, beam=1, without=without, **settings)
+    gallery, chosen = Gallery(), some(pictures, most)
     phrases = Phrases(names).learn(pictures)
     for picture, asked in zip(chosen, questions(chosen, phrases, tokenizer)):
         image, key = load_picture(picture.file), gallery.picture(picture.file)
         with viewer.autocast():
             grid, _ = viewer.encode(image)
         said, annotation, facts = viewer.describe(image), getattr(picture, viewer.source), phrases.facts(picture)
-        if annotation is not None:
+        if annotation is not None and viewer.objects:
             true = [[cx - w / 2, cy - h / 2, w, h] for cx, cy, w, h in annotation[0].tolist()]
             attributes = annotation[2] if viewer.source == "vg" else [()] * len(true)
             true = [[*box, names[viewer.source][label].split(",")[0]] for box, label in zip(true, annotation[1])]
@@ -1635,13 +1649,13 @@ def pretrained_gallery(model, tokenizer, names, pictures, most=20, **settings):
                          "pictures": [key]},
                         {"boxes": [[*box[:4], label_of(o)] for box, o in zip(found, said["objects"])],
                          "pictures": [key]})
-        if facts is not None:
+        if facts is not None and viewer.captions:
             said_of = phrases.find(said["caption"])
             true = [phrases.true(facts, thing[2], [a for _, _, a in before]) for before, thing in said_of]
             score = sum(true) / len(true) if true else 0.0
             gallery.add(["caption"], score, f"{sum(true)} of {len(true)} object phrases are true", "",
                         {"lines": list(picture.sentences[:3])}, {"lines": [said["caption"]]}, [key])
-        for tokens, labels in asked["visual"][:2]:
+        for tokens, labels in asked["visual"][:2] * ("mlm" not in without):
             with viewer.autocast():
                 sentence = torch.tensor([tokens], device=viewer.device)
                 hidden = [i for i, label in enumerate(labels) if label >= 0]
@@ -1656,7 +1670,7 @@ def pretrained_gallery(model, tokenizer, names, pictures, most=20, **settings):
                             f"{tokenizer.vocabulary[w]} ({p:.2f})" for p, w in zip(chances.tolist(), best.tolist())]},
                         [key])
         for kind, false in (("itm", "another picture's"), ("foil", "one word is wrong")):
-            for tokens, belongs in asked[kind][:1]:
+            for tokens, belongs in asked[kind][:1] * viewer.matches:
                 with viewer.autocast():
                     odds = model.similarity(grid, torch.tensor([tokens], device=viewer.device))
                 chance = odds.sigmoid().item()
@@ -1704,7 +1718,7 @@ def task_gallery(task, said, examples, names, most=48):
             score = found_rightly(true, found)
             gallery.add(sorted({t[4] for t in true}) or ["nothing"], score, f"F1 {score:.2f} at half overlap", "",
                         {"boxes": true, "pictures": keys}, {"boxes": found, "pictures": keys})
-        else:
+        elif task == "flickr30k":
             column = int(np.flatnonzero(owner == i)[0])
             order = np.argsort(-matrix[:, column], kind="stable")
             rank = int((matrix[:, column] >= matrix[i, column]).sum())
@@ -1718,9 +1732,8 @@ def task_gallery(task, said, examples, names, most=48):
     return gallery
 
 
-def run_facts(script, kind, args, world, resumed):
+def run_facts(script, kind, args, config, world, resumed):
     """What the report says of a run besides its log: kind, commands (of args.words), settings, versions."""
-    launch = "python" if world == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world)}"
     former = read_report(args.output).get("commands", []) if resumed else []
     cuda = str(args.device).startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
@@ -1732,8 +1745,9 @@ def run_facts(script, kind, args, world, resumed):
                                cwd=os.path.dirname(os.path.abspath(__file__)))
         if found.returncode == 0:
             versions["commit"] = found.stdout.strip()
-    return {"kind": kind, "commands": [*former, f"{launch} {script} {shlex.join(args.words)}"], "versions": versions,
-            "settings": {k: v for k, v in sorted(vars(args).items()) if k not in ("resume", "pad", "words")}}
+    return {"kind": kind, "commands": [*former, launch(script, args.words)], "versions": versions,
+            "settings": {k: getattr(config, k, None) if v is None else v for k, v in sorted(vars(args).items())
+                         if k not in ("resume", "pad", "words")}}
 
 
 def read_report(folder):
@@ -1745,15 +1759,18 @@ def read_report(folder):
     return {}
 
 
-def write_report(folder, facts, gallery):
+def write_report(folder, facts, gallery=None):
     """FOLDER/report.html and what it is made of, report.json, from FOLDER/log.jsonl, `run_facts` and a Gallery.
 
     One that cannot be written is said and no more: a training should not end for the want of its report.
     """
-    kept = {**facts, "pictures": gallery.pictures, "gallery": gallery.items}
+    kept = {**read_report(folder), **facts}
+    if gallery:
+        kept |= {"pictures": gallery.pictures, "gallery": gallery.items}
     try:
         write_safely(os.path.join(folder, "report.json"), json.dumps(kept))
-        write_safely(os.path.join(folder, "report.html"), report_page([read_run(folder)]))
+        if os.path.exists(os.path.join(folder, "log.jsonl")):
+            write_safely(os.path.join(folder, "report.html"), report_page([read_run(folder)]))
     except InputError as error:
         tqdm.write(f"no report: {error}", file=sys.stderr)
 
@@ -1853,14 +1870,15 @@ def report_curves(runs):
     losses = [k for k in keys if k == "loss" or k.startswith("loss_")]
     measures = [k[4:] for k in keys if k.startswith("val_")]
 
-    def curves(*kinds):
-        return [(f"{run['name']}{says}" if len(runs) > 1 else says.strip(" ,") or "model", f"run{n % 8} {kind}", points)
+    def curves(*kinds, one="model"):
+        return [(f"{run['name']}{says}" if len(runs) > 1 else says.strip(" ,") or one, f"run{n % 8} {kind}", points)
                 for n, run in enumerate(runs) for says, kind, key in kinds if (points := points_of(run, key))]
 
-    first = "".join(chart(key.removeprefix("loss_") if key != "loss" else "loss: the weighted sum",
-                          [(label.replace("model", "training"), kind, points) for label, kind, points
-                           in curves(("", "", key))], log=True) for key in losses if curves(("", "", key)))
-    second = ""
+    first = second = ""
+    for key in losses:
+        found = curves(("", "", key), one="training")
+        if found:
+            first += chart("loss: the weighted sum" if key == "loss" else key.removeprefix("loss_"), found, log=True)
     for name in measures:
         found = curves(("", "", f"val_{name}"), (", blind", "blind", f"blind_{name}"),
                        (", constant answer", "habit", f"habit_{name}"))
@@ -1869,8 +1887,7 @@ def report_curves(runs):
             last = max(x for _, _, points in found for x, _ in points)
             found = [(label, kind, [*points, (last, points[0][1])] if "habit" in kind else points)
                      for label, kind, points in found]
-            percent = any(y > 10 for _, _, points in found for _, y in points)
-            second += chart(name, found, top=100 if percent else 1)
+            second += chart(name, found, top=100 if all(run["kind"] == "vqa" for run in runs) else 1)
     return (f'<section><h2 id="measures">Measures on held-out pictures</h2>{report_table(runs, measures)}'
             f'<div class="charts">{second}</div></section>'
             f'<section><h2 id="losses">Losses</h2><div class="charts">{first}</div></section>')
@@ -1880,15 +1897,14 @@ def report_table(runs, measures):
     """The last validation of each run, with a bar, and a mark on it where a blind model stands."""
     rows = ""
     for name in measures:
-        cells = ""
-        for n, run in enumerate(runs):
-            last = {key: points[-1][1] for key in (f"val_{name}", f"blind_{name}", f"habit_{name}")
-                    if (points := points_of(run, key))}
+        cells, each = "", [{key: points[-1][1] for key in (f"val_{name}", f"blind_{name}", f"habit_{name}")
+                            if (points := points_of(run, key, most=10 ** 9))} for run in runs]
+        highest = max([100 if all(run["kind"] == "vqa" for run in runs) else 1, *(v for e in each for v in e.values())])
+        for n, last in enumerate(each):
             if f"val_{name}" not in last:
                 cells += "<td>-</td>"
                 continue
-            value, highest = last.pop(f"val_{name}"), 100 if max(last.values(), default=0) > 10 else 1
-            highest = max(100 if value > 10 else highest, value)
+            value = last.pop(f"val_{name}")
             marks = "".join(f'<i style="left:{max(0, 100 * v / highest):.1f}%"></i>' for v in last.values())
             others = "".join(f" <small>{'blind' if key.startswith('blind') else 'constant'} {short_number(v)}</small>"
                              for key, v in last.items())
@@ -1898,9 +1914,11 @@ def report_table(runs, measures):
     if not rows:
         return "<p>No validation yet.</p>"
     heads = "".join(f"<th scope=col>{escape(run['name'])}</th>" for run in runs)
+    few = {f"{line['blind_examples']:,}" for run in runs for line in run["lines"] if "blind_examples" in line}
+    few = f", on the first {' or '.join(sorted(few))} examples" if few else ""
     return (f'<div class="wide" tabindex="0" role="region" aria-label="measures"><table><thead><tr><td></td>{heads}'
             f"</tr></thead><tbody>{rows}</tbody></table></div>"
-            "<p>Blind: the same model, with every picture replaced by the mean picture.</p>")
+            f"<p>Blind: the same model, with every picture replaced by the mean picture{few}.</p>")
 
 
 def report_gallery(runs, most):
@@ -1921,20 +1939,21 @@ def report_gallery(runs, most):
         f'href="data:image/jpeg;base64,{pictures[name]["jpeg"]}"/></symbol>'
         for name, n in numbers.items() for w, h in [pictures[name]["size"]])
 
-    def drawn(name, boxes=(), says=""):
+    def drawn(name, boxes=(), says="the picture"):
         w, h = pictures[name]["size"]
         over = "".join(
             f'<g class="box{i % 6}"><rect x="{x * w:.1f}" y="{y * h:.1f}" width="{bw * w:.1f}" height="{bh * h:.1f}"/>'
             f'<text x="{min(max(x, 0) * w, w * 0.7):.1f}" y="{max(y * h - w * 0.01, w * 0.05):.1f}" '
-            f'font-size="{w * 0.05:.1f}">{escape(label)}</text></g>' for i, (x, y, bw, bh, label) in enumerate(boxes))
-        says = f"{says}: {', '.join(box[4] for box in boxes) or 'no object'}" if boxes or says else "the picture"
+            f'font-size="{w * 0.055:.1f}">{escape(label)}</text></g>' for i, (x, y, bw, bh, label) in enumerate(boxes))
         return (f'<svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(says)}">'
                 f'<use href="#p{numbers[name]}" width="{w}" height="{h}"/>{over}</svg>')
 
     def side(title, part, kind=""):
         shown = [p for p in part.get("pictures", ()) if p in numbers]
-        images = "".join(drawn(p, part.get("boxes", ()) if n == 0 else (), title if "boxes" in part else "")
-                         for n, p in enumerate(shown))
+        boxes = part.get("boxes", ())
+        objects = f": {', '.join(box[4] for box in boxes) or 'no object'}" if "boxes" in part else ""
+        images = "".join(drawn(p, boxes if n == 1 else (), f"{title}, picture {n} of {len(shown)}{objects}")
+                         for n, p in enumerate(shown, 1))
         lines = "".join(f"<p>{escape(line)}</p>" for line in part.get("lines", ()))
         return f'<div class="side {kind}"><h4>{escape(title)}</h4>{images}{lines}</div>'
 
@@ -1942,7 +1961,8 @@ def report_gallery(runs, most):
     for item, given in sorted(items.values(), key=lambda one: one[0]["score"]):
         for kind in item["kinds"]:
             kinds[kind] = kinds.get(kind, 0) + 1
-        common = "".join(drawn(p) for p in item["pictures"] if p in numbers)
+        common = "".join(drawn(p, says=f"picture {n} of {len(item['pictures'])}")
+                         for n, p in enumerate(item["pictures"], 1) if p in numbers)
         answers = "".join(side(f"{run['name'] if len(runs) > 1 else 'model'} ({i['says']})", i["answer"], "answer")
                           for run, i in given)
         score = sum(i["score"] for _, i in given) / len(given)
@@ -2003,7 +2023,8 @@ def report_page(runs, limit=5_000_000):
         gallery, symbols = report_gallery(runs, most)
         body = report_curves(runs) + gallery + report_settings(runs)
         page = template.replace("{{title}}", escape(f"E2E-VLP: {names}")).replace("{{lead}}", escape(lead)).replace(
-            "{{symbols}}", symbols).replace("{{body}}", body)
+            "{{symbols}}", symbols).replace("{{body}}", body).replace(
+            "{{pictures}}", '<a href="#gallery">Pictures</a>' if gallery else "")
         if len(page.encode()) <= limit or not most:
             return page
         most //= 2
@@ -2011,6 +2032,14 @@ def report_page(runs, limit=5_000_000):
 
 # ----------------------------------------------------------------------------------------------------------------
 # The command
+
+
+# The ways to call, and the flags that go with each: another would be ignored without a word
+MODEL_FLAGS = ("checkpoint", "json", "beam", "alpha", "device", "amp")
+WAYS = {"data": (*MODEL_FLAGS, "task", "index", "split", "submit", "sheet", "examples", "blind", "text", "objects",
+                 "batch_size"),
+        "image": (*MODEL_FLAGS, "question", "statement", "find", "sentence", "attention", "threshold", "output"),
+        "score": ("task", "against", "questions", "json", "device"), "report": ("output", "device")}
 
 
 def parse(argv):
@@ -2069,23 +2098,20 @@ def parse(argv):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: must be from 0 to 1")
-    ways = [flag for flag in ("score", "report", "image") if getattr(args, flag)]
-    if len(ways) > 1:
-        raise InputError(f"--{ways[0]}, --{ways[1]}: give one of them")
-    if args.score:
-        if not args.task or not args.against:
-            raise InputError("--score: needs --task and --against, the official annotation file")
-    elif not args.report and (not args.checkpoint or not (args.image or args.data)):
+    way = next((way for way in ("score", "report", "image") if getattr(args, way)), "data")
+    given = [flag for flag, value in vars(args).items() if value != parser.get_default(flag)]
+    for flag in given:
+        if flag in WAYS and flag != way:
+            raise InputError(f"--{way}, --{flag}: give one of them")
+    for flag in given:
+        if flag != way and flag not in WAYS[way]:
+            fits = " or ".join(f"--{other}" for other, flags in WAYS.items() if flag in flags)
+            raise InputError(f"--{flag.replace('_', '-')}: goes with {fits}, not with --{way}")
+    if args.score and not (args.task and args.against):
+        raise InputError("--score: needs --task and --against, the official annotation file")
+    if not args.score and not args.report and not (args.checkpoint and (args.image or args.data)):
         raise InputError("give --checkpoint and --data (measures) or --image (pictures of your own); or --task, "
                          "--score and --against; or --report")
-    if not args.image:
-        for flag in ("question", "statement", "find", "sentence", "attention"):
-            if getattr(args, flag) is not None:
-                raise InputError(f"--{flag}: needs --image, the pictures that are asked about")
-    else:
-        for flag in ("task", "data", "submit", "sheet", "blind", "examples"):
-            if getattr(args, flag):
-                raise InputError(f"--{flag}: is for measures on a data set, not for --image")
     for flag in ("json", "sheet", "submit"):
         path = getattr(args, flag)
         if path and (os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK)):
@@ -2152,7 +2178,7 @@ def run(args, rank=0, world=1):
     pictures = attempt(read, world)
     if args.sheet and rank == 0:
         draw_sheet(args.sheet, model, tokenizer, names, pictures[:12], short=settings["short"], long=settings["long"],
-                   device=args.device)
+                   device=args.device, without=state["args"].get("without", ()))
     return measure_with_blind(model, tokenizer, names, pictures, **settings)
 
 
@@ -2199,14 +2225,18 @@ def run_own(args):
           f"{config.encoder_layers} + {config.decoder_layers} layers")
     return show_own(args, Viewer(model, tokenizer, names, short=max(state["args"]["short_sides"]),
                                  long=state["args"]["long_side"], device=args.device, amp=args.amp == "bf16",
-                                 beam=args.beam, alpha=args.alpha))
+                                 beam=args.beam, alpha=args.alpha, without=state["args"].get("without", ()),
+                                 text=state["args"].get("text", "caption")))
 
 
 def run_report(args):
     """--report: writes the page."""
     page = report_page([read_run(folder) for folder in args.report])
-    folder = args.output or (args.report[0] if len(args.report) == 1 else
-                             os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in args.report]))
+    folder = args.output or args.report[0]
+    if len(args.report) > 1 and not args.output:
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in args.report])
+        if folder == os.path.dirname(folder) or os.path.exists(os.path.join(folder, "log.jsonl")):
+            raise InputError("--report: give --output, a folder for the page that compares the runs")
     check_output(folder)
     path = os.path.join(folder, "report.html")
     write_safely(path, page)
@@ -2218,6 +2248,9 @@ def main(argv=None):
 
     def work(stop):
         nonlocal code
+        for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         args = parse(argv)
         rank, world = 0, 1
         if args.report:

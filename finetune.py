@@ -419,7 +419,9 @@ def train(args, state, stop):
         clear_output(args.output, step if args.resume else None, say)
     log = os.path.join(args.output, "log.jsonl")
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "words")}
-    facts = run_facts("finetune.py", args.task, args, world, bool(args.resume))
+    facts = run_facts("finetune.py", args.task, args, config, world, bool(args.resume))
+    if rank == 0:
+        write_report(args.output, facts)  # a run that is stopped before its first validation has one too
     broken, seen, spent = set(), 0, before
     started = logged = saved = time.time()
     next_val = state["next_val"] if args.resume else args.val_every
@@ -447,7 +449,8 @@ def train(args, state, stop):
     def keep(scores, blind):
         nonlocal best
         write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()},
-                   **{f"blind_{k}": v for k, v in blind.items()}})
+                   **{f"blind_{k}": v for k, v in blind.items()},
+                   "blind_examples": min(len(val), BLIND_EXAMPLES[args.task])})
         say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         mark = sum(scores[k] for k in BEST_BY[args.task])
         if mark > best:

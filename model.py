@@ -31,7 +31,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError
+from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command
 
 TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
@@ -755,17 +755,18 @@ def parse(argv):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
     if flags["hidden"] % 4:
         raise InputError(f"--hidden {flags['hidden']}: must be a multiple of 4 (sine positions take a quarter each)")
+    cells = math.ceil(flags["height"] / flags["stride"]) * math.ceil(flags["width"] / flags["stride"])
+    if cells > 6000 and flags["stride"] >= 16:  # the walk's attention is by its formula: their square is in memory
+        raise InputError(f"--height {flags['height']} --width {flags['width']}: has {cells} cells, of at most 6000; "
+                         "give a smaller picture")
     sizes = [flags.pop(flag) for flag in bounds]
     return Config(width=flags.pop("hidden"), **flags), sizes
 
 
-def main(argv=None):
-    try:
-        config, (height, width, words) = parse(argv)
-        rows = walk(config, height, width, words)
-    except InputError as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        return 2
+def show(argv):
+    """Print the walk."""
+    config, (height, width, words) = parse(argv)
+    rows = walk(config, height, width, words)
     rows.append(("total", "", sum(r[2] for r in rows), sum(r[3] for r in rows), "E2EVLP.forward", "3.2, Eq. 3"))
     table = [("step", "shape of the output", "parameters", "FLOPs", "in model.py", "paper"),
              *((step, str(shape), f"{n:,}", f"{flops:,}", *where) for step, shape, n, flops, *where in rows)]
@@ -778,7 +779,10 @@ def main(argv=None):
 words and grid: [CLS] w1 .. wm [SEP] o1 .. oS. (shared): an earlier row has these parameters (of the MLM head's, the
 matrix), and they count once. FLOPs: 2 for each multiply-add of convolutions, linear layers and attention, as
 torch.utils.flop_counter counts them; norms, activations and sums are not counted.""")
-    return 0
+
+
+def main(argv=None):
+    return command("model.py", lambda stop: show(argv))
 
 
 if __name__ == "__main__":

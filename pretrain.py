@@ -407,7 +407,9 @@ def train(args, state, stop):
     log = os.path.join(args.output, "log.jsonl")
     broken = set()
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad", "words")}
-    facts = run_facts("pretrain.py", "pre-training", args, world, state is not None)
+    facts = run_facts("pretrain.py", "pre-training", args, config, world, state is not None)
+    if rank == 0:
+        write_report(args.output, facts)  # a run that is stopped before its first validation has one too
 
     def write_log(line):
         if rank == 0:
@@ -435,10 +437,10 @@ def train(args, state, stop):
             measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
                                           amp=args.amp == "bf16", rank=rank, world=world, **size)
             write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
-            if rank == 0:
-                write_report(args.output, facts, pretrained_gallery(model, tokenizer, names, val,
-                                                                    amp=args.amp == "bf16", **size))
             bar.set_description()
+        if rank == 0:
+            write_report(args.output, facts, pretrained_gallery(
+                model, tokenizer, names, val, amp=args.amp == "bf16", without=args.without, **size) if val else None)
         due = False
         model.train()
         stop.hold()
@@ -540,7 +542,7 @@ def train(args, state, stop):
     bar.close()
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
-        draw_sheet(sheet, model, tokenizer, names, val[:12], **size)
+        draw_sheet(sheet, model, tokenizer, names, val[:12], without=args.without, **size)
         say(summary(measures, len(val), args.output))
     stop_processes(world)
 

@@ -142,8 +142,8 @@ def test_torchrun_passes_a_signal_on(script, number, whole, options, world, tmp_
     state = load_checkpoint(f"{folder}/last.pt")
     said = [line for line in err if line.startswith("stopped at ")]
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert code != 0 and said == [f"stopped at step {state['step']} by {name}; go on with: torchrun ... {script} "
-                                  f"--resume {folder}/last.pt"], err
+    assert code != 0 and said == [f"stopped at step {state['step']} by {name}; go on with: torchrun "
+                                  f"--nproc_per_node=2 {script} --resume {folder}/last.pt"], err
     assert not left_over(folder)
     if script == "finetune.py":  # pre-training goes on in the test above
         code, _, err = python(script, "--resume", f"{folder}/last.pt", "--steps", state["step"] + 1)

@@ -215,25 +215,82 @@ def test_watched_weights_are_those_the_model_uses():
 
 
 @pytest.mark.parametrize("task,flags,says", [
-    ("vqa", [], "--image alone: {} is fine-tuned for vqa; it can be asked --question"),
-    ("", ["--question", "why?"], "--question: {} is pre-trained, and fine-tuned for no task; it can be asked --image"),
-    ("caption", ["--find", "a dog"], "fine-tuned for caption; it can be asked --image alone: caption"),
-    ("nlvr2", ["--statement", "a", "--attention", "x"], "fine-tuned for nlvr2; it can be asked --statement"),
-    ("flickr30k", ["--attention", "x"], "fine-tuned for flickr30k; it can be asked --sentence"),
+    ("vqa", [], "--image alone: {} is fine-tuned for vqa; it can be asked --question, --attention"),
+    ("", ["--question", "why?"], "--question: {} is pre-trained, and fine-tuned for no task; it can be asked --image "
+     "alone (caption, objects with attributes), --sentence, --find, --attention"),
+    ("caption", ["--find", "a dog"], "fine-tuned for caption; it can be asked --image alone (caption)"),
+    ("nlvr2", ["--statement", "a", "--attention", "x"], "--attention: {} is fine-tuned for nlvr2"),
+    ("flickr30k", ["--attention", "x"], "--attention: goes with --sentence or --question"),
+    ("flickr30k", [], "it can be asked --sentence, --find, --attention"),
     ("", ["--find", "a", "--attention", "x"], "--attention: goes with --sentence or --question"),
     ("detection", ["--statement", "a"], "fine-tuned for detection"),
     ("", ["--find", "a", "--sentence", "b"], "--find, --sentence: give one of them"),
-    ("", ["--find", " "], "--find: is empty"), ("", ["--data", "x"], "--data: is for measures"),
+    ("", ["--find", " "], "--find: is empty"), ("", ["--data", "x"], "--image, --data: give one of them"),
+    ("", ["--blind"], "--blind: goes with --data, not with --image"),
     ("", ["--threshold", "2"], "--threshold 2.0: must be from 0 to 1"),
-    ("", ["--report", "x"], "--report, --image: give one of them")])
+    ("", ["--report", "x"], "--report, --image: give one of them"),
+    ("", ["--statement", "x", "--score", "y"], "--score, --image: give one of them")])
 def test_what_cannot_be_asked(ask, checkpoints, pictures, task, flags, says):
     code, said, wrong = ask(task, "--image", pictures[0], *flags)
     assert code == 2 and says.format(checkpoints(task)) in wrong and wrong.count("\n") == 1
 
 
+@pytest.fixture
+def partly(checkpoints, tmp_path):
+    """A checkpoint as a run with other flags leaves it: partly(task, flag=value, ...)."""
+    def make(task, **flags):
+        state = torch.load(checkpoints(task), weights_only=True)
+        state["args"].update(flags)
+        torch.save(state, tmp_path / "partly.pt")
+        return ["--checkpoint", tmp_path / "partly.pt"]
+    return make
+
+
+def test_what_was_never_trained_is_not_said(ask, partly, pictures, tmp_path):
+    code, said, _ = ask("", *partly("", without=["caption", "attributes"]), "--image", pictures[0], "--threshold", 0,
+                        "--json", tmp_path / "r.json")
+    result, = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0 and "caption" not in result and all(o["attributes"] == [] for o in result["objects"])
+    code, _, wrong = ask("", *partly("", without=["itm"]), "--image", pictures[0], "--find", "a dog")
+    assert code == 2 and "it can be asked --image alone (caption, objects with attributes), --sentence" in wrong
+    code, _, wrong = ask("", *partly("detection", text="none"), "--image", pictures[0], "--sentence", "a dog")
+    assert code == 2 and "it can be asked --image alone (objects), --attention" in wrong
+    code, _, wrong = ask("", *partly("detection", text="caption"), "--image", pictures[0])
+    assert code == 0 and "give --sentence for better boxes" in wrong
+
+
+def test_folders_and_names_of_all_kinds(ask, pictures, tmp_path):
+    folder = tmp_path / "DIR"
+    folder.mkdir()
+    for name in ("a.jpg", ".hidden.jpg", "notes.h5", "b.PNG", "\udce4.jpg", "phone.heic"):
+        shutil.copy(pictures[0], folder / name)
+    (folder / "phone.heic").write_bytes(b"no")
+    code, said, wrong = ask("caption", "--image", folder, "--json", tmp_path / "r.json")
+    assert code == 2 and wrong.count("\n") == 1 and "phone.heic: not a picture" in wrong
+    names = [os.path.basename(r["image"]) for r in json.loads((tmp_path / "r.json").read_text())]
+    assert names == ["a.jpg", "b.PNG", "\udce4.jpg"]
+
+
+def test_a_folder_that_cannot_be_read(ask, pictures, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(evaluate.os, "listdir", refuse)
+    code, said, wrong = ask("caption", "--image", os.path.dirname(pictures[0]), pictures[0])
+    assert code == 2 and "cannot be read (Permission denied)" in wrong and pictures[0] in said
+
+
+def test_written_through_links_and_to_devices(ask, pictures, tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert ask("caption", "--image", pictures[0], "--json", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())
+    assert ask("caption", "--image", pictures[0], "--json", "/dev/null")[0] == 0
+    assert not os.path.isfile("/dev/null")
+
+
 def test_flags_that_need_a_picture(ask):
     code, _, wrong = ask("", "--find", "a dog", "--data", "x")
-    assert code == 2 and wrong == "evaluate.py: --find: needs --image, the pictures that are asked about\n"
+    assert code == 2 and wrong == "evaluate.py: --find: goes with --image, not with --data\n"
 
 
 def test_no_drawing_overwrites_another_or_an_input(ask, pictures, tmp_path):

@@ -157,7 +157,8 @@ def test_items_of_each_task(files):
     assert item["truth"]["lines"][0] == "6 of 10: two"
 
     item, = task_gallery("nlvr2", ["True"], [Example("dev-1-0-0", tuple(files[:2]), "both", 0)], {}).items
-    assert item["score"] == 0 and item["pictures"] == files[:2] and item["kinds"] == ["false statements"]
+    assert item["score"] == 0 and item["kinds"] == ["false statements"]
+    assert item["pictures"] == [Gallery().picture(file) for file in files[:2]] and len(set(item["pictures"])) == 2
 
     two = [Example(n, (files[n],), sentences=(f"a {word} dog", f"the {word} dog runs")) for n, word in enumerate(
         ("red", "blue"))]
@@ -168,7 +169,8 @@ def test_items_of_each_task(files):
     rows = [np.array([0.9, 0.1, 0.5, 0.2], np.float32), np.array([0.95, 0.2, 0.1, 0.3], np.float32)]
     items = task_gallery("flickr30k", rows, two, {}).items
     assert [i["says"] for i in items] == ["rank 2 of 2", "rank 1 of 4", "rank 2 of 2", "rank 2 of 4"]
-    assert items[0]["answer"]["pictures"] == [files[1], files[0]] and items[0]["truth"]["pictures"] == [files[0]]
+    keys = [Gallery().picture(file) for file in files]
+    assert items[0]["answer"]["pictures"] == [keys[1], keys[0]] and items[0]["truth"]["pictures"] == [keys[0]]
 
     boxes = (np.array([[0.5, 0.5, 0.2, 0.4]], np.float32), np.array([1]))
     item, = task_gallery("detection", [[(1, (160, 90, 80, 120), 0.9), (0, (0, 0, 9, 9), 0.4)]],
@@ -200,6 +202,22 @@ def test_text_of_others_cannot_become_part_of_the_page(files):
     run |= {"commands": [bad], "settings": {bad: bad}, "versions": {bad: bad}, "kind": bad}
     page = report_page([run])
     assert "<script>alert" not in page and "<img" not in page and page.count("<script>") == 1
+
+
+def test_bars_of_several_runs_have_one_scale(files):
+    runs = [run_of(Gallery(), name, [{"step": 1, "val_CIDEr": value, "blind_CIDEr": 0.43}]) | {"kind": "caption"}
+            for name, value in (("runs/model-a", 1.72), ("runs/model-b", 0.86))]
+    page = report_page(runs)
+    assert re.findall(r"<span style=\"width:([\d.]+)%", page) == ["100.0", "50.0"]
+    assert page.count('left:25.0%') == 2 and "runs/model-a" in page and "runs/training" not in page
+    runs = [run_of(Gallery(), "vqa", [{"step": 1, "val_number": 8.2, "blind_number": 5.0, "blind_examples": 1000}])]
+    page = report_page(runs)
+    assert re.findall(r"<span style=\"width:([\d.]+)%", page) == ["8.2"] and "the first 1,000 examples" in page
+
+
+def test_the_table_has_the_last_validation_of_a_long_run():
+    lines = [{"step": s, "val_AP": s / 1000} for s in range(1000)]
+    assert "<b>0.999</b>" in report_page([run_of(Gallery(), lines=lines) | {"kind": "detection"}])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -269,6 +287,9 @@ def test_the_page_stands_alone_without_errors(browser, site, page, size):
                 && box.bottom <= plot.bottom, getComputedStyle(line).stroke]; })""")
     assert shown and all(width > 50 and height > 80 and inside and stroke.startswith("rgb")
                          for width, height, inside, stroke in shown)
+    labels = browser.execute_script("return [...document.querySelectorAll('.picture text')].map(t => "
+                                    "t.getBoundingClientRect().height)")
+    assert all(height >= 11 for height in labels)
     drawn = browser.execute_script("""return [...document.querySelectorAll('.card .picture')].map(svg =>
         [svg.getBoundingClientRect().width > 40, !!svg.getAttribute('aria-label'),
          !!document.querySelector(svg.querySelector('use').getAttribute('href')).querySelector('image')])""")
