@@ -1374,6 +1374,9 @@ def command(script, work):
         try:
             work(stop)
             return 0
+        except BrokenPipeError:  # `... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except InputError as error:
             code, says = 2, f"{script}: {error}"
         except Stopped:

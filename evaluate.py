@@ -46,6 +46,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import map_coordinates
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
@@ -1069,6 +1070,10 @@ def label_of(thing):
     return " ".join([*thing["attributes"], thing["name"]])
 
 
+def colour_of(thing):
+    return f"hsl({thing['query'] * 47 % 360}, 90%, 35%)"
+
+
 class Viewer:
     """A checkpoint's model with what is needed to show it pictures that are in no data set."""
 
@@ -1169,12 +1174,17 @@ class Viewer:
 
         words: the T pieces of the sentence; encoder (L, T, T + S): how each word's attention is shared out among words
         and cells in each encoder layer, mean over heads, rows sum to 1; objects: as `describe` has them; decoder
-        (L', n, T + S): the cross-attention of these objects' queries; grid: (H, W), with H * W = S.
+        (L', n, T + S): the cross-attention of these objects' queries; grid: (H, W), with H * W = S; centres: of the
+        rows and of the columns of cells, as fractions of the picture.
         """
         stride = self.model.config.stride
         height, width = to_pixels(image, self.short, self.long).shape[-2:]
         words = [] if sentence is None else [self.tokenizer.vocabulary[t] for t in self.tokenizer.encode(sentence)]
-        found = {"words": words, "objects": [], "grid": (-(-height // stride), -(-width // stride))}
+        H, W = -(-height // stride), -(-width // stride)
+        # Each stride-2 layer of the ResNet looks around every second place, beginning with the first: cell i is about
+        # pixel i * stride, not about the middle of a square that begins there.
+        found = {"words": words, "objects": [], "grid": (H, W), "centres": (
+            (np.arange(H) * stride + 0.5) / height, (np.arange(W) * stride + 0.5) / width)}
         encoder = [layer.attention for layer in self.model.encoder]
         decoder = [layer.cross_attention for layer in self.model.decoder]
         with self.autocast(), watched(encoder, len(words)) as by_word, watched(decoder) as by_query:
@@ -1267,15 +1277,21 @@ def draw_answer(image, objects=(), lines=(), side=None):
     height = font.size + 4
     tile = Image.new("RGB", (width, image.height + height * len(wrapped) + (4 if wrapped else 0)), "white")
     tile.paste(image)
-    pen = ImageDraw.Draw(tile)
-    for thing in reversed(list(objects)):  # the surest last, so that its label is on top
+    pen, labels = ImageDraw.Draw(tile), []
+    for thing in reversed(list(objects)):  # the surest last, so that its outline is on top
         x, y, w, h = (v * scale for v in thing["box"])
-        colour = f"hsl({thing['query'] * 47 % 360}, 90%, 35%)"
-        pen.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, side // 300))
-        left, top, right, bottom = pen.textbbox((0, 0), label_of(thing), font=font)
-        x, y = max(0, min(x, tile.width - right - 2)), max(0, y - bottom - 2)
-        pen.rectangle((x, y, x + right + 2, y + bottom + 2), fill="white")
-        pen.text((x + 1, y), label_of(thing), fill=colour, font=font)
+        pen.rectangle((x, y, x + w, y + h), outline=colour_of(thing), width=max(2, side // 300))
+    for thing in objects:  # its label above it, or where it covers no other
+        x, y, w, h = (v * scale for v in thing["box"])
+        *_, right, bottom = pen.textbbox((0, 0), label_of(thing), font=font)
+        x, step = max(0, min(x, tile.width - right - 2)), bottom + 3
+        free = [at for at in (y - step, y + h + 2, *(y - n * step for n in (2, 3)), *(y + h + n * step for n in (1, 2)))
+                if 0 <= at <= image.height - step and all(
+                    x > b + 2 or x + right + 2 < a or at > d or at + step < c for a, c, b, d in labels)]
+        y = free[0] if free else max(0, min(y - step, image.height - step))
+        labels.append((x, y, x + right + 2, y + bottom + 2))
+        pen.rectangle(labels[-1], fill="white")
+        pen.text((x + 1, y), label_of(thing), fill=colour_of(thing), font=font)
     for i, text in enumerate(wrapped):
         pen.text((3, image.height + 2 + height * i), text, fill="black", font=font)
     return tile
@@ -1303,16 +1319,19 @@ def draw_sheet(path, model, tokenizer, names, pictures, **settings):
     write_safely(path, as_png(contact_sheet(tiles).quantize(128), optimize=True))
 
 
-def draw_attention(image, title, rows, grid, side=150):
+def draw_attention(image, title, rows, centres, side=150):
     """A table of pictures: a row for each word or object, a column for each layer; bright is where it looks.
 
     rows: [(name, weights (L, S), share (L,) of the attention that falls on the picture at all, object or None)]. Each
-    small picture is scaled to its own largest weight.
+    small picture is scaled to its own largest weight. centres: see `Viewer.attention`.
     """
     font = ImageFont.load_default(size=13)
     scale = side / max(image.size)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     dark = Image.blend(small.convert("L").convert("RGB"), Image.new("RGB", small.size), 0.75)
+    # Where the small picture's pixels lie between the centres of cells
+    places = np.meshgrid(*(np.interp((np.arange(n) + 0.5) / n, at, np.arange(len(at)))
+                           for n, at in zip(small.size[::-1], centres)), indexing="ij")
     left = 16 + round(max(font.getlength(name) for name, *_ in rows))
     top, step = 44, small.height + 22
     layers = len(rows[0][1])
@@ -1326,9 +1345,9 @@ def draw_attention(image, title, rows, grid, side=150):
         pen.text((4, y + 4), name, fill="black", font=font)
         for layer in range(layers):
             x = left + layer * (small.width + 6)
-            bright = weights[layer].view(grid) / weights[layer].max().clamp(min=1e-12)
-            mask = Image.fromarray((bright.numpy() * 255).astype(np.uint8)).resize(small.size, Image.BILINEAR)
-            tile = Image.composite(small, dark, mask)
+            bright = weights[layer].view(len(centres[0]), -1) / weights[layer].max().clamp(min=1e-12)
+            mask = map_coordinates(bright.numpy(), places, order=1)
+            tile = Image.composite(small, dark, Image.fromarray((mask * 255).astype(np.uint8)))
             if thing is not None:
                 bx, by, bw, bh = (v * scale for v in thing["box"])
                 ImageDraw.Draw(tile).rectangle((bx, by, bx + bw, by + bh), outline="red")
@@ -1409,7 +1428,8 @@ def check_output(folder, flag="--output"):
             pass
         os.remove(probe)
     except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+        reason = "is a file; give a folder" if os.path.isfile(folder) else f"cannot be written ({error.strerror})"
+        raise InputError(f"{flag} {folder}: {reason}") from None
 
 
 def check_asked(args, viewer):
@@ -1423,7 +1443,10 @@ def check_asked(args, viewer):
     for what in [*asked, "attention"] if args.attention else asked:
         if what not in can and not (args.attention and what == "image alone"):
             is_it = f"fine-tuned for {viewer.task}" if viewer.task else "pre-trained, and fine-tuned for no task"
-            raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked {', '.join(can.values())}")
+            tasks = {"question": "vqa", "statement": "nlvr2", "find": "flickr30k", "sentence": "flickr30k"}
+            needs = f"; --{what} is for one of {tasks[what]}" if what in tasks else ""
+            raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked {', '.join(can.values())}"
+                             + needs)
     if args.attention and (asked[0] == "find" or asked[0] == "image alone" and not viewer.objects):
         raise InputError("--attention: goes with --sentence or --question, whose words are watched")
     if viewer.task == "detection" and viewer.text == "caption" and args.sentence is None:
@@ -1544,6 +1567,7 @@ def show_attention(args, viewer, pictures):
         raise InputError("--attention: takes one picture that can be read")
     (name, _, image), = pictures
     check_output(args.attention, "--attention")
+    result = show_one(args, viewer, name, image, None)
     sentence = args.sentence if args.question is None else args.question
     found = viewer.attention(image, sentence, args.threshold)
     T, files = len(found["words"]), {}
@@ -1558,19 +1582,15 @@ def show_attention(args, viewer, pictures):
         title = {"words": "Where each word looks, by encoder layer (mean over heads)",
                  "objects": "Where each object's query looks, by decoder layer (mean over heads)"}[kind]
         files[kind] = os.path.join(args.attention, f"{kind}.png")
-        write_safely(files[kind], as_png(draw_attention(image, title, rows, found["grid"])))
+        write_safely(files[kind], as_png(draw_attention(image, title, rows, found["centres"])))
     numbers = io.BytesIO()
     np.savez_compressed(numbers, encoder=found["encoder"].numpy(), grid=found["grid"], words=np.array(found["words"]),
                         **{} if found["decoder"] is None else {"decoder": found["decoder"].numpy()})
     files["weights"] = os.path.join(args.attention, "attention.npz")
     write_safely(files["weights"], numbers.getvalue())
-    print(f"{name} ({image.width} x {image.height})")
-    if not found["words"] and not found["objects"]:
-        print(f"   no sentence, and no object above {args.threshold:g} (--threshold): there is nothing to draw")
     for kind, path in files.items():
         print(f"   {kind:8} {path}")
-    return {"image": name, "width": image.width, "height": image.height, "sentence": sentence, "words": found["words"],
-            "objects": found["objects"], "grid": found["grid"], "files": files}
+    return {**result, "words": found["words"], "objects": found["objects"], "grid": found["grid"], "files": files}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1653,7 +1673,8 @@ def pretrained_gallery(model, tokenizer, names, pictures, most=20, without=(), *
             said_of = phrases.find(said["caption"])
             true = [phrases.true(facts, thing[2], [a for _, _, a in before]) for before, thing in said_of]
             score = sum(true) / len(true) if true else 0.0
-            gallery.add(["caption"], score, f"{sum(true)} of {len(true)} object phrases are true", "",
+            says = f"{sum(true)} of {len(true)} object phrases are true" if true else "it names no object"
+            gallery.add(["caption"], score, says, "",
                         {"lines": list(picture.sentences[:3])}, {"lines": [said["caption"]]}, [key])
         for tokens, labels in asked["visual"][:2] * ("mlm" not in without):
             with viewer.autocast():
@@ -1875,9 +1896,9 @@ def report_curves(runs):
                 for n, run in enumerate(runs) for says, kind, key in kinds if (points := points_of(run, key))]
 
     first = second = ""
-    for key in losses:
+    for key in losses if len(losses) > 2 else losses[:1]:  # a sum of one loss is that loss
         found = curves(("", "", key), one="training")
-        if found:
+        if any(y for _, _, points in found for _, y in points):  # a loss that is off is 0 all the time
             first += chart("loss: the weighted sum" if key == "loss" else key.removeprefix("loss_"), found, log=True)
     for name in measures:
         found = curves(("", "", f"val_{name}"), (", blind", "blind", f"blind_{name}"),
@@ -1895,12 +1916,12 @@ def report_curves(runs):
 
 def report_table(runs, measures):
     """The last validation of each run, with a bar, and a mark on it where a blind model stands."""
-    rows = ""
+    rows, scale = "", 100 if all(run["kind"] == "vqa" for run in runs) else 1
     for name in measures:
         cells, each = "", [{key: points[-1][1] for key in (f"val_{name}", f"blind_{name}", f"habit_{name}")
                             if (points := points_of(run, key, most=10 ** 9))} for run in runs]
-        highest = max([100 if all(run["kind"] == "vqa" for run in runs) else 1, *(v for e in each for v in e.values())])
-        for n, last in enumerate(each):
+        highest = max([scale, *(v for e in each for v in e.values())])
+        for n, (run, last) in enumerate(zip(runs, each)):
             if f"val_{name}" not in last:
                 cells += "<td>-</td>"
                 continue
@@ -1908,7 +1929,9 @@ def report_table(runs, measures):
             marks = "".join(f'<i style="left:{max(0, 100 * v / highest):.1f}%"></i>' for v in last.values())
             others = "".join(f" <small>{'blind' if key.startswith('blind') else 'constant'} {short_number(v)}</small>"
                              for key, v in last.items())
-            cells += (f'<td class="run{n % 8}"><b>{short_number(value)}</b>{others}<div class="bar">'
+            name_of = escape(run["name"]) if len(runs) > 1 else ""  # for telephones, where the table has no head
+            cells += (f'<td class="run{n % 8}" data-run="{name_of}"><b>{short_number(value)}</b>{others}'
+                      '<div class="bar">'
                       f'<span style="width:{max(0, 100 * value / highest):.1f}%"></span>{marks}</div></td>')
         rows += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
     if not rows:
@@ -1916,9 +1939,11 @@ def report_table(runs, measures):
     heads = "".join(f"<th scope=col>{escape(run['name'])}</th>" for run in runs)
     few = {f"{line['blind_examples']:,}" for run in runs for line in run["lines"] if "blind_examples" in line}
     few = f", on the first {' or '.join(sorted(few))} examples" if few else ""
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="measures"><table><thead><tr><td></td>{heads}'
-            f"</tr></thead><tbody>{rows}</tbody></table></div>"
-            f"<p>Blind: the same model, with every picture replaced by the mean picture{few}.</p>")
+    return (f'<div class="wide measures" tabindex="0" role="region" aria-label="measures"><table><thead><tr><td></td>'
+            f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+            f"<p>Blind: the same model, with every picture replaced by the mean picture{few}; constant: the commonest "
+            f"answer to everything. They are the marks on the bars; a full bar is {short_number(scale)} or the row's "
+            "largest.</p>")
 
 
 def report_gallery(runs, most):
@@ -1942,9 +1967,12 @@ def report_gallery(runs, most):
     def drawn(name, boxes=(), says="the picture"):
         w, h = pictures[name]["size"]
         over = "".join(
-            f'<g class="box{i % 6}"><rect x="{x * w:.1f}" y="{y * h:.1f}" width="{bw * w:.1f}" height="{bh * h:.1f}"/>'
-            f'<text x="{min(max(x, 0) * w, w * 0.7):.1f}" y="{max(y * h - w * 0.01, w * 0.05):.1f}" '
-            f'font-size="{w * 0.055:.1f}">{escape(label)}</text></g>' for i, (x, y, bw, bh, label) in enumerate(boxes))
+            f'<g class="box{sum(map(ord, label)) % 6}">'
+            f'<rect x="{x * w:.1f}" y="{y * h:.1f}" width="{bw * w:.1f}" height="{bh * h:.1f}"/>'
+            f'<text x="{(min(x + bw, 1) if x > 0.5 else max(x, 0)) * w:.1f}" '
+            f'y="{max(y * h - w * 0.01, w * 0.055):.1f}" text-anchor="{"end" if x > 0.5 else "start"}" '
+            f'font-size="{w * 0.055:.1f}">{escape(label)}</text></g>'
+            for x, y, bw, bh, label in boxes)  # a kind of thing has the same colour in truth and answer
         return (f'<svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(says)}">'
                 f'<use href="#p{numbers[name]}" width="{w}" height="{h}"/>{over}</svg>')
 
@@ -1979,7 +2007,8 @@ def report_gallery(runs, most):
             f'<option value="">all ({len(items)})</option>{options}</select></label> <label>Order <select id="order">'
             '<option value="1">worst first</option><option value="-1">best first</option></select></label> '
             f'<output id="shown" aria-live="polite">{len(items)} shown</output></form>'
-            f'<div class="cards">{cards}</div></section>'), symbols
+            f'<div class="cards" style="--card: {240 * (len(runs) + 1) + 60}px">{cards}</div>'
+            '<p><button id="more" hidden>Show more</button></p></section>'), symbols
 
 
 def report_settings(runs):
@@ -2110,6 +2139,8 @@ def parse(argv):
     if args.score and not (args.task and args.against):
         raise InputError("--score: needs --task and --against, the official annotation file")
     if not args.score and not args.report and not (args.checkpoint and (args.image or args.data)):
+        if args.checkpoint:
+            raise InputError("--checkpoint: give --data DIR too (measures), or --image PICTURE (pictures of your own)")
         raise InputError("give --checkpoint and --data (measures) or --image (pictures of your own); or --task, "
                          "--score and --against; or --report")
     for flag in ("json", "sheet", "submit"):
@@ -2240,7 +2271,7 @@ def run_report(args):
     check_output(folder)
     path = os.path.join(folder, "report.html")
     write_safely(path, page)
-    print(path)
+    print(os.path.relpath(path))
 
 
 def main(argv=None):

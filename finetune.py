@@ -12,7 +12,7 @@
     detection   [CLS] sentence [SEP] picture        DETR's set loss, COCO's head          AP
 
 What it writes to --output: log.jsonl, last.pt (with the optimiser: `--resume` goes on from it), best.pt (the best on
-validation).
+validation), report.html and what it is made of, report.json.
 `--init none` starts from nothing, so that what pre-training is worth can be seen. Ctrl-C (or SIGTERM, or SIGUSR1)
 finishes the step, writes last.pt and says how to go on.
 """
@@ -414,6 +414,10 @@ def train(args, state, stop):
         f"on {device}")
     say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures; {steps} steps"
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
+    if args.resume:
+        over = share_done(step, steps, before, args.minutes) >= 1
+        say(f"{args.resume}: " + (f"has ended, at step {step}; more --steps, --epochs or --minutes would go on" if over
+                                  else f"going on at step {step}"))
 
     if rank == 0:
         clear_output(args.output, step if args.resume else None, say)
@@ -542,7 +546,7 @@ def train(args, state, stop):
         bar.update()
         done = progress >= 1
 
-        if step % args.log_every == 0 or done:
+        if step % args.log_every == 0 or step == 1 or done:  # the first: is it alive, how fast?
             values = dict(zip(sums, summed([float(v) for v in sums.values()], world, device)))
             line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
                     "loss": sum(SET_WEIGHTS.get(k, 1.0) * v for k, v in values.items()), **values,

@@ -622,6 +622,8 @@ def save_checkpoint(path, model, vocabulary, names, **more):
 
 def load_file(path, flag):
     """A file of tensors and plain values (weights_only: it cannot run code). Raises InputError naming file and flag."""
+    if os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a folder; give a file in it, such as {os.path.join(path, 'last.pt')}")
     if not os.path.isfile(path):
         raise InputError(f"{flag} {path}: no such file")
     try:

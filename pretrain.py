@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 pretrain.py --backbone r152 --data DIR       # the paper's run; its settings are default
 
 What it writes to --output: log.jsonl (a line every few steps and at each validation), last.pt (weights, configuration,
-vocabulary, optimiser: all that is needed to use it or go on), sheet.png (held-out pictures with what was found).
+vocabulary, optimiser: all that is needed to use it or go on), report.html (curves, measures, held-out pictures, for a
+browser; report.json keeps its gallery and settings), sheet.png (held-out pictures with what was found).
 
 `--mini` is only a set of other defaults, see `mini_preset`; any flag given explicitly wins over it.
 
@@ -399,6 +400,10 @@ def train(args, state, stop):
     say(f"batch {args.batch_size} = {world} process(es) x {parts} part(s) x {share // parts} pictures, "
         f"{args.sentences_per_picture} sentence(s) each; {steps} steps"
         + (f" or {args.minutes:g} minutes" if args.minutes else ""))
+    if state is not None:
+        over = share_done(step, steps, spent, args.minutes) >= 1
+        say(f"{args.resume}: " + (f"has ended, at step {step}; more --steps, --epochs or --minutes would go on" if over
+                                  else f"going on at step {step}"))
 
     # The run
     if rank == 0:
@@ -509,7 +514,7 @@ def train(args, state, stop):
         done = progress >= 1
 
         # 5. Log, validate, keep.
-        if step % args.log_every == 0 or done:
+        if step % args.log_every == 0 or step == 1 or done:  # the first: is it alive, how fast?
             keys = list(sums)
             values = dict(zip(keys, summed([float(sums[k]) for k in keys], world, device)))
             line = {"step": step, "epoch": round(step / batches.per_epoch, 4),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from conftest import ROOT, small_model
 from PIL import Image
 
 import evaluate
-from data import Tokenizer, read_pretraining, to_pixels
-from evaluate import Viewer, draw_answer, watched
+from data import SPECIAL, Tokenizer, read_pretraining, to_pixels
+from evaluate import Viewer, draw_answer, draw_attention, watched
 from model import TASKS, load_checkpoint, save_checkpoint
 
 ANSWERS = ["yes", "no", "red", "blue", "two", "a circle"]
@@ -48,6 +49,11 @@ def ask(capsys, checkpoints):
         code = evaluate.main(["--checkpoint", checkpoints(task), "--device", "cpu", *map(str, flags)])
         return code, *capsys.readouterr()
     return run
+
+
+def viewer_of(model):
+    tokenizer = Tokenizer([f"w{n}" if n > 4 else piece for n, piece in enumerate([*SPECIAL, *range(45)])])
+    return Viewer(model, tokenizer, {"coco": ["a", "b", "c"], "vg": [], "attributes": []}, short=64, long=96)
 
 
 def viewer(path):
@@ -137,6 +143,13 @@ def test_standard_input(checkpoints, pictures):
     assert done.returncode == 0 and "stdin (" in done.stdout and done.stderr == ""
 
 
+def test_a_reader_who_has_seen_enough(checkpoints, pictures):
+    line = shlex.join([sys.executable, "evaluate.py", "--checkpoint", checkpoints("caption"), "--image",
+                       os.path.dirname(pictures[0])]) + " | head -1"
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
 def test_a_question(ask, checkpoints, pictures, tmp_path):
     code, said, _ = ask("vqa", "--image", pictures[0], "--question", "What colour is it?", "--json",
                         tmp_path / "r.json", "--output", tmp_path)
@@ -196,6 +209,35 @@ def test_sentence_and_attention(ask, checkpoints, pictures, tmp_path):
         assert result["files"][name] in said
         with Image.open(tmp_path / f"a/{name}.png") as image:
             assert image.height > 100 * rows
+
+
+def test_attention_is_drawn_where_the_cells_look():
+    """A ResNet whose input is one bright pixel answers most at the cell whose centre is nearest to it."""
+    v = viewer_of(small_model(backbone="r18"))
+    image = Image.new("RGB", (96, 64))
+    image.putpixel((49, 33), (255, 255, 255))  # nearest to column 3, row 2, which are about pixels 48 and 32
+    with torch.no_grad():
+        grid, dark = (v.encode(i)[0].states[0] for i in (image, Image.new("RGB", (96, 64))))
+    row, column = divmod(int((grid - dark).norm(dim=-1).argmax()), 6)
+    rows, columns = v.attention(image)["centres"]
+    assert (rows[row] * 64, columns[column] * 96) == pytest.approx((33, 49), abs=1)
+    weights = torch.zeros(1, 24)
+    weights[0, row * 6 + column] = 1
+    white = Image.new("RGB", (96, 64), "white")
+    drawn = np.asarray(draw_attention(white, "", [("", weights, [1.0], None)], (rows, columns), side=960).convert("L"))
+    y, x = np.unravel_index(np.argmax(drawn[44:44 + 640, 16:16 + 960]), (640, 960))
+    assert (y / 10, x / 10) == pytest.approx((33, 49), abs=1.5)
+
+
+def test_labels_do_not_cover_one_another():
+    things = [{"name": f"thing {n}", "attributes": ["small"], "score": 0.9, "query": n, "box": [30 + n, 40, 20, 20]}
+              for n in range(3)]
+    image = Image.new("RGB", (100, 100), (250, 250, 250))
+
+    def white(*some):  # the labels' ground
+        return (np.asarray(draw_answer(image, some)) == 255).all(-1).sum()
+
+    assert white(*things) == pytest.approx(sum(map(white, things)), rel=0.02)
 
 
 def test_watched_weights_are_those_the_model_uses():
