@@ -39,6 +39,8 @@ def test_every_command_runs(world, tmp_path):
     Image.open(picture).save(tmp_path / "b.png")
     for words in found:
         given = None
+        if "runs/mini-nlvr2/best.pt" in words:  # vqa stands for the miniature's five fine-tunings
+            shutil.copytree(tmp_path / "runs/nlvr2", tmp_path / "runs/mini-nlvr2")
         if words[0] == "cat":
             assert words[2] == "|"
             given, words = open(tmp_path / words[1], "rb"), words[3:]
