@@ -557,7 +557,7 @@ def train(args, state, stop):
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             if rank == 0 and bar.disable:
                 say(f"step {step}/{bar.total}  loss {line['loss']:.4f}  {line['examples_per_second']:.0f} examples/s  "
-                    f"{time_left(before + time.time() - started, progress)}")
+                    f"{time_left(before + time.time() - started, progress, args.minutes)}")
             logged, seen = time.time(), 0
         if step / batches.per_epoch >= next_val and not done:
             validate()

@@ -316,9 +316,10 @@ def share_done(step, steps, seconds, minutes):
     return max(step / steps, seconds / (minutes * 60) if minutes else 0.0)
 
 
-def time_left(seconds, share):
-    """"3:20 left": what is still to come of a training of which this share took so many seconds."""
-    seconds = round(seconds * max(0.0, 1 - share) / share)
+def time_left(seconds, share, limit=0.0):
+    """"3:20 left": what is still to come of a training of which this share took so many seconds; limit: --minutes."""
+    left = seconds * max(0.0, 1 - share) / share
+    seconds = round(min(left, max(0.0, limit * 60 - seconds)) if limit else left)
     hours, minutes = divmod(seconds // 60, 60)
     return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds % 60:02} left"
 
@@ -527,7 +528,7 @@ def train(args, state, stop):
             if rank == 0 and bar.disable:
                 say(f"step {step}/{bar.total}  loss {line['loss']:.3f}  " + "  ".join(
                     f"{k[5:]} {v:.3f}" for k, v in values.items()) + f"  {line['pictures_per_second']:.0f} pictures/s"
-                    f"  {time_left(before + time.time() - started, progress)}")
+                    f"  {time_left(before + time.time() - started, progress, args.minutes)}")
             logged, seen = time.time(), 0
         due = not done and (due or args.val_every > 0 and step % args.val_every == 0)
         if due:

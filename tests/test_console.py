@@ -217,6 +217,7 @@ def test_plain_lines_tell_the_time_left(whole):
     assert lines[-1].endswith("  0:00 left") and f"\nstep {STEPS}/{STEPS}  validating on 4 pictures\n" in whole[1]
     assert pretrain.time_left(100, 0.25) == "5:00 left" and pretrain.time_left(3723, 0.5) == "1:02:03 left"
     assert pretrain.time_left(61, 1.01) == "0:00 left"
+    assert pretrain.time_left(1, 0.0002, 18.5) == "18:29 left"  # the first step is slow
     assert pretrain.share_done(10, 100, 30, 1) == 0.5 and pretrain.share_done(10, 100, 30, 0) == 0.1
 
 
