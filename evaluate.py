@@ -1235,7 +1235,7 @@ def watched(modules, first=None):
 
 def write_safely(path, content):
     """bytes or text to a temporary name, then renamed, so that `path` is always whole. InputError if that fails."""
-    path = os.path.realpath(path)  # a link stays a link
+    name, path = path, os.path.realpath(path)  # a link stays a link
     plain = not os.path.exists(path) or os.path.isfile(path)  # /dev/stdout is none, and is not to be replaced
     temporary = f"{path}.{os.getpid()}.tmp" if plain else path
     try:
@@ -1244,7 +1244,7 @@ def write_safely(path, content):
         if plain:
             os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or give another place") from None
+        raise InputError(f"{name}: cannot be written ({error.strerror}); make room, or give another place") from None
     finally:
         if plain and os.path.exists(temporary):
             os.remove(temporary)
@@ -1443,8 +1443,9 @@ def check_asked(args, viewer):
     for what in [*asked, "attention"] if args.attention else asked:
         if what not in can and not (args.attention and what == "image alone"):
             is_it = f"fine-tuned for {viewer.task}" if viewer.task else "pre-trained, and fine-tuned for no task"
-            tasks = {"question": "vqa", "statement": "nlvr2", "find": "flickr30k", "sentence": "flickr30k"}
-            needs = f"; --{what} is for one of {tasks[what]}" if what in tasks else ""
+            needs = {"question": "fine-tuned for vqa", "statement": "fine-tuned for nlvr2",
+                     "find": "pre-trained or fine-tuned for flickr30k"}
+            needs = f"; --{what} needs one {needs[what]}" if what in needs else ""
             raise InputError(f"--{what}: {args.checkpoint} is {is_it}; it can be asked {', '.join(can.values())}"
                              + needs)
     if args.attention and (asked[0] == "find" or asked[0] == "image alone" and not viewer.objects):
@@ -1480,6 +1481,13 @@ def show_own(args, viewer):
                 bad.append(name)
 
     results = []
+
+    def save():
+        if folder:
+            write_safely(os.path.join(args.output, "results.json"), json.dumps(results, indent=1))
+        if args.json:
+            write_safely(args.json, json.dumps(results, indent=1))
+
     try:
         if args.statement is not None:
             results.append(show_statement(args, viewer, list(itertools.islice(readable(), 3))))
@@ -1490,11 +1498,11 @@ def show_own(args, viewer):
         else:
             for name, _, image in readable():
                 results.append(show_one(args, viewer, name, image, folder))
-    finally:  # also what was answered before Ctrl-C
-        if folder and results:
-            write_safely(os.path.join(args.output, "results.json"), json.dumps(results, indent=1))
-        if args.json and results:
-            write_safely(args.json, json.dumps(results, indent=1))
+    except BaseException:  # Ctrl-C: what was answered before is kept
+        if results:
+            save()
+        raise
+    save()
     return 2 if bad else 0
 
 
