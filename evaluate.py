@@ -1977,9 +1977,9 @@ def report_gallery(runs, most):
         over = "".join(
             f'<g class="box{sum(map(ord, label)) % 6}">'
             f'<rect x="{x * w:.1f}" y="{y * h:.1f}" width="{bw * w:.1f}" height="{bh * h:.1f}"/>'
-            f'<text x="{(min(x + bw, 1) if x > 0.5 else max(x, 0)) * w:.1f}" '
-            f'y="{max(y * h - w * 0.01, w * 0.055):.1f}" text-anchor="{"end" if x > 0.5 else "start"}" '
-            f'font-size="{w * 0.055:.1f}">{escape(label)}</text></g>'
+            # Letters are about half as wide as high: a label that would end outside begins further left
+            f'<text x="{max(0, min(x, 1 - 0.037 * len(label))) * w:.1f}" '
+            f'y="{max(y * h - w * 0.01, w * 0.06):.1f}" font-size="{w * 0.06:.1f}">{escape(label)}</text></g>'
             for x, y, bw, bh, label in boxes)  # a kind of thing has the same colour in truth and answer
         return (f'<svg class="picture" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(says)}">'
                 f'<use href="#p{numbers[name]}" width="{w}" height="{h}"/>{over}</svg>')
@@ -2015,7 +2015,7 @@ def report_gallery(runs, most):
             f'<option value="">all ({len(items)})</option>{options}</select></label> <label>Order <select id="order">'
             '<option value="1">worst first</option><option value="-1">best first</option></select></label> '
             f'<output id="shown" aria-live="polite">{len(items)} shown</output></form>'
-            f'<div class="cards" style="--card: {240 * (len(runs) + 1) + 60}px">{cards}</div>'
+            f'<div class="cards" style="--least: {200 * (len(runs) + 1) + 60}px">{cards}</div>'
             '<p><button id="more" hidden>Show more</button></p></section>'), symbols
 
 

@@ -82,3 +82,9 @@ def test_a_task_of_your_own_runs(world, tmp_path):
                           capture_output=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"right [01]\.\d\d, always the commonest [01]\.\d\d\n", done.stdout)
+
+
+def test_what_the_readme_shows_is_there():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        shown = re.findall(r"\]\((?!http)([^)]+)\)", file.read())
+    assert len(shown) == 2 and all(os.path.isfile(os.path.join(ROOT, path)) for path in shown)
