@@ -1368,12 +1368,11 @@ def launch(script, words):
 def command(script, work):
     """What a script's main does: work(stop), where stop is a Stopping. What ends it early is said in one line.
 
-    Returns the exit code: 0; 2 after an InputError; 128 + the signal's number.
+    Returns the exit code: what work returns, or 0; 2 after an InputError; 128 + the signal's number.
     """
     with Stopping() as stop:
         try:
-            work(stop)
-            return 0
+            return work(stop) or 0
         except BrokenPipeError:  # `... | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE

@@ -68,6 +68,7 @@ from data import (
     pad_tokens,
     read_json,
     read_vg,
+    resized,
     say_first,
     start_processes,
     stop_processes,
@@ -1134,9 +1135,13 @@ class Viewer:
         """{"caption", "objects", "match"}, those of them that the model was trained for; match: the probability that
         the sentence belongs to the picture. The objects are looked for with the sentence, if there is one.
         """
+        with self.autocast():
+            return self.say(image, *self.encode(image, sentence=sentence), threshold)
+
+    def say(self, image, grid, tokens=None, threshold=0.5):
+        """What `describe` gives, of a picture that went through the backbone already."""
         said = {}
         with self.autocast():
-            grid, tokens = self.encode(image, sentence=sentence)
             if self.captions:
                 said["caption"] = self.tokenizer.decode(
                     self.model.generate(self.model.encode(grid), beam=self.beam, alpha=self.alpha)[0][0])
@@ -1147,11 +1152,11 @@ class Viewer:
         return said
 
     @torch.no_grad()
-    def answer(self, image, question, most=5):
-        """The likeliest answers: [{"answer", "probability"}]; they need not sum to 1, each has its own sigmoid."""
+    def answer(self, image, question):
+        """The five likeliest answers: [{"answer", "probability"}]; they need not sum to 1, each has its own sigmoid."""
         with self.autocast():
             chances = self.model.answer_questions(*self.encode(image, sentence=question))[0].float().sigmoid()
-        best = chances.topk(min(most, len(chances)))
+        best = chances.topk(min(5, len(chances)))
         return [{"answer": self.names["answers"][a], "probability": round(p, 4)}
                 for p, a in zip(best.values.tolist(), best.indices.tolist())]
 
@@ -1178,7 +1183,7 @@ class Viewer:
         rows and of the columns of cells, as fractions of the picture.
         """
         stride = self.model.config.stride
-        height, width = to_pixels(image, self.short, self.long).shape[-2:]
+        height, width = resized(image.height, image.width, self.short, self.long)
         words = [] if sentence is None else [self.tokenizer.vocabulary[t] for t in self.tokenizer.encode(sentence)]
         H, W = -(-height // stride), -(-width // stride)
         # Each stride-2 layer of the ResNet looks around every second place, beginning with the first: cell i is about
@@ -1297,9 +1302,9 @@ def draw_answer(image, objects=(), lines=(), side=None):
     return tile
 
 
-def contact_sheet(tiles, columns=4):
-    """One picture of many."""
-    columns = min(columns, len(tiles))
+def contact_sheet(tiles):
+    """One picture of many, four in a row."""
+    columns = min(4, len(tiles))
     width, height = (max(tile.size[i] for tile in tiles) + 8 for i in (0, 1))
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), (200, 200, 200))
     for i, tile in enumerate(tiles):
@@ -1663,9 +1668,9 @@ def pretrained_gallery(model, tokenizer, names, pictures, most=20, without=(), *
         image, key = load_picture(picture.file), gallery.picture(picture.file)
         with viewer.autocast():
             grid, _ = viewer.encode(image)
-        said, annotation, facts = viewer.describe(image), getattr(picture, viewer.source), phrases.facts(picture)
+        said, annotation, facts = viewer.say(image, grid), getattr(picture, viewer.source), phrases.facts(picture)
         if annotation is not None and viewer.objects:
-            true = [[cx - w / 2, cy - h / 2, w, h] for cx, cy, w, h in annotation[0].tolist()]
+            true = boxes_in_pixels(torch.from_numpy(annotation[0]), (1, 1)).tolist()  # fractions
             attributes = annotation[2] if viewer.source == "vg" else [()] * len(true)
             true = [[*box, names[viewer.source][label].split(",")[0]] for box, label in zip(true, annotation[1])]
             its = [[names["attributes"][a].split(",")[0] for a in has] for has in attributes]
@@ -1740,8 +1745,8 @@ def task_gallery(task, said, examples, names, most=48):
         elif task == "detection":
             height, width = e.size
             boxes, labels = e.target
-            true = [[cx - w / 2, cy - h / 2, w, h, names["coco"][label]]
-                    for (cx, cy, w, h), label in zip(np.asarray(boxes).tolist(), np.asarray(labels).tolist())]
+            true = [[*box, names["coco"][label]] for box, label in zip(
+                boxes_in_pixels(torch.from_numpy(boxes), (1, 1)).tolist(), labels.tolist())]  # fractions
             found = [[x / width, y / height, w / width, h / height, names["coco"][label]]
                      for label, (x, y, w, h), score in sorted(answer, key=lambda one: -one[2]) if score > 0.5]
             score = found_rightly(true, found)
@@ -2055,13 +2060,14 @@ def report_page(runs, limit=5_000_000):
     spent = [line["seconds"] for run in runs for line in run["lines"][-3:] if _is(line.get("seconds"), NUMBER)]
     lead = (f"{runs[0]['kind'] or 'a run'}, step {last[0]}" + (f", {spent[-1] / 60:.1f} minutes of training" if spent
             else "") if len(runs) == 1 else f"{len(runs)} runs, to step {', '.join(map(str, last))}")
-    most = max(len(run["gallery"]) for run in runs)
+    curves, settings, most = report_curves(runs), report_settings(runs), max(len(run["gallery"]) for run in runs)
     while True:
         gallery, symbols = report_gallery(runs, most)
-        body = report_curves(runs) + gallery + report_settings(runs)
-        page = template.replace("{{title}}", escape(f"E2E-VLP: {names}")).replace("{{lead}}", escape(lead)).replace(
-            "{{symbols}}", symbols).replace("{{body}}", body).replace(
-            "{{pictures}}", '<a href="#gallery">Pictures</a>' if gallery else "")
+        parts = {"title": escape(f"E2E-VLP: {names}"), "lead": escape(lead), "symbols": symbols,
+                 "body": curves + gallery + settings,
+                 "pictures": '<a href="#gallery">Pictures</a>' if gallery else ""}
+        # All at once: a sentence may have braces of its own
+        page = re.sub(r"{{(\w+)}}", lambda found, parts=parts: parts[found[1]], template)
         if len(page.encode()) <= limit or not most:
             return page
         most //= 2
@@ -2072,10 +2078,10 @@ def report_page(runs, limit=5_000_000):
 
 
 # The ways to call, and the flags that go with each: another would be ignored without a word
-MODEL_FLAGS = ("checkpoint", "json", "beam", "alpha", "device", "amp")
-WAYS = {"data": (*MODEL_FLAGS, "task", "index", "split", "submit", "sheet", "examples", "blind", "text", "objects",
+WITH_MODEL = ("checkpoint", "json", "beam", "alpha", "device", "amp")
+WAYS = {"data": (*WITH_MODEL, "task", "index", "split", "submit", "sheet", "examples", "blind", "text", "objects",
                  "batch_size"),
-        "image": (*MODEL_FLAGS, "question", "statement", "find", "sentence", "attention", "threshold", "output"),
+        "image": (*WITH_MODEL, "question", "statement", "find", "sentence", "attention", "threshold", "output"),
         "score": ("task", "against", "questions", "json", "device"), "report": ("output", "device")}
 
 
@@ -2283,10 +2289,7 @@ def run_report(args):
 
 
 def main(argv=None):
-    code = 0
-
     def work(stop):
-        nonlocal code
         for stream in (sys.stdout, sys.stderr):  # names of files need not be text
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -2299,8 +2302,7 @@ def main(argv=None):
         if args.image:
             if world > 1:
                 raise InputError("--image: runs on one process; start it without torchrun")
-            code = run_own(args)
-            return
+            return run_own(args)
         scores = run(args, rank, world)
         if rank == 0:
             for name, value in scores.items():
@@ -2312,7 +2314,7 @@ def main(argv=None):
                 write_safely(args.json, json.dumps(scores, indent=1))
         stop_processes(world)
 
-    return command("evaluate.py", work) or code
+    return command("evaluate.py", work)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    LONG_SIDE,
-    SHORT_SIDES,
     Batches,
     HelpFormatter,
     InputError,
@@ -63,7 +61,9 @@ from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
 from pretrain import (
     MINI_MODEL,
     MODEL_FLAGS,
-    add_device_flags,
+    add_keeping_flags,
+    add_loading_flags,
+    add_loop_flags,
     add_model_flags,
     check_flags,
     clear_output,
@@ -105,58 +105,36 @@ def parse(argv):
     parser.add_argument("--init", metavar="FILE",
                         help="checkpoint to start from, or none: then the model's flags count")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR",
-                   help="folder with the official files (README: the data tree)")
-    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
+    add_loading_flags(g)
     g.add_argument("--vocab", metavar="FILE", help="with --init none: WordPiece vocabulary (default: DATA/vocab.txt)")
     g.add_argument("--answers", metavar="FILE",
                    help="VQA: JSON list of answers (default: those given at least 9 times in train + val)")
     g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
-    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), metavar="PIXELS",
-                   help="scale augmentation: one is drawn for each batch, pixels")
-    g.add_argument("--long-side", type=int, default=LONG_SIDE, metavar="PIXELS",
-                   help="no side gets longer than this, pixels")
     g.add_argument("--sentences-per-picture", type=int, default=1, metavar="N",
                    help="VQA, captioning, retrieval: questions or sentences that share one backbone pass")
-    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-                   help="loader processes for each training process; 0: it loads itself")
-    g.add_argument("--max-broken", type=int, default=100, metavar="N",
-                   help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, metavar="N",
                    help="pictures a step, over all processes (default: the task's)")
-    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                   help="pictures a process holds at once; a larger share is accumulated; 0: the whole share")
     g.add_argument("--epochs", type=float, metavar="N",
                    help="passes over the training examples (default: the task's)")
-    g.add_argument("--steps", type=int, default=0, metavar="N",
-                   help="stop after this many steps; 0: --epochs decides")
-    g.add_argument("--minutes", type=float, default=0, metavar="MINUTES",
-                   help="time limit of training, for the schedule too; 0: none")
     g.add_argument("--lr", type=float, metavar="RATE", help="learning rate of the transformer (default: the task's)")
     g.add_argument("--lr-backbone", type=float, default=1e-5, metavar="RATE",
                    help="learning rate of the ResNet; 0 freezes it")
     g.add_argument("--lr-head", type=float, default=1.0, metavar="FACTOR",
                    help="VQA, NLVR2: the new classifier's rate, as a multiple of --lr")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 after the task's epochs")
-    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
-    g.add_argument("--clip", type=float, default=0.1, metavar="NORM", help="largest norm of the gradient")
     g.add_argument("--label-smoothing", type=float, default=0.1, metavar="SHARE",
                    help="captioning: share of the target that all words have together, 0 to 1")
     g.add_argument("--negatives", type=int, default=4, metavar="N",
                    help="retrieval: wrong sentences, and pictures, a pair")
     g.add_argument("--gamma", type=float, default=32.0, metavar="SCALE", help="retrieval: scale of the circle loss")
     g.add_argument("--margin", type=float, default=0.25, metavar="MARGIN", help="retrieval: margin of the circle loss")
-    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
-    add_device_flags(g)
+    add_loop_flags(g)
     g = parser.add_argument_group("output")
-    g.add_argument("--output", metavar="DIR", help="folder for log.jsonl, last.pt and best.pt (default: runs/TASK)")
-    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
-    g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
-                   help="time between two checkpoints")
-    g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+    g.add_argument("--output", metavar="DIR",
+                   help="folder for log.jsonl, last.pt, best.pt and report.html (default: runs/TASK)")
+    add_keeping_flags(g)
     g.add_argument("--val-every", type=float, default=1.0, metavar="EPOCHS", help="epochs between two validations")
     g.add_argument("--objects", action="store_true", help="captioning: caption_objects too, by Visual Genome's boxes")
     g.add_argument("--val-examples", type=int, default=0, metavar="N",

@@ -83,10 +83,41 @@ def add_model_flags(parser):
     g.add_argument("--dropout", type=float, default=0.1, metavar="SHARE", help="share of units, 0 to 1")
 
 
-def add_device_flags(g):
+def add_loading_flags(g):
+    g.add_argument("--data", default="data", metavar="DIR",
+                   help="folder with the official files (README: the data tree)")
+    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
+    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), metavar="PIXELS",
+                   help="scale augmentation: one is drawn for each batch, pixels")
+    g.add_argument("--long-side", type=int, default=LONG_SIDE, metavar="PIXELS",
+                   help="no side gets longer than this, pixels")
+    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
+                   help="loader processes for each training process; 0: it loads itself")
+    g.add_argument("--max-broken", type=int, default=100, metavar="N",
+                   help="pictures that do not decode before training stops")
+
+
+def add_loop_flags(g):
+    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                   help="pictures a process holds at once; a larger share is accumulated; 0: the whole share")
+    g.add_argument("--steps", type=int, default=0, metavar="N",
+                   help="stop after this many steps; 0: --epochs decides")
+    g.add_argument("--minutes", type=float, default=0, metavar="MINUTES",
+                   help="time limit of training, for the schedule too; 0: none")
+    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
+    g.add_argument("--clip", type=float, default=0.1, metavar="NORM", help="largest norm of the gradient")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N, or mps on a Mac; default: cuda if there is one, else cpu")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+
+
+def add_keeping_flags(g):
+    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
+                   help="time between two checkpoints")
+    g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
 
 
 def parse(argv):
@@ -97,58 +128,35 @@ def parse(argv):
                                      formatter_class=HelpFormatter)
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world on a laptop")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR",
-                   help="folder with the official files (README: the data tree)")
-    g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
+    add_loading_flags(g)
     g.add_argument("--shapes", action="store_true", help="write the miniature world to --data if nothing is there")
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"], help="what to train on")
     g.add_argument("--vocab", metavar="FILE", help="WordPiece vocabulary (default: DATA/vocab.txt)")
-    g.add_argument("--short-sides", nargs="+", type=int, default=list(SHORT_SIDES), metavar="PIXELS",
-                   help="scale augmentation: one is drawn for each batch, pixels")
-    g.add_argument("--long-side", type=int, default=LONG_SIDE, metavar="PIXELS",
-                   help="no side gets longer than this, pixels")
     g.add_argument("--sentences-per-picture", type=int, default=1, metavar="N",
                    help="sentences that share one backbone pass")
     g.add_argument("--without-sentence", type=float, default=0.25, metavar="SHARE",
                    help="share of pictures detected without a sentence, 0 to 1")
-    g.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-                   help="loader processes for each training process; 0: it loads itself")
-    g.add_argument("--max-broken", type=int, default=100, metavar="N",
-                   help="pictures that do not decode before training stops")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures a step, over all processes")
-    g.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                   help="pictures a process holds at once; a larger share is accumulated; 0: the whole share")
     g.add_argument("--epochs", type=float, default=200, metavar="N", help="passes over the distinct pictures")
-    g.add_argument("--steps", type=int, default=0, metavar="N",
-                   help="stop after this many steps; 0: --epochs decides")
-    g.add_argument("--minutes", type=float, default=0, metavar="MINUTES",
-                   help="time limit of training, for the schedule too; 0: none")
     g.add_argument("--lr", type=float, default=1e-4, metavar="RATE", help="learning rate of the transformer")
     g.add_argument("--lr-backbone", type=float, default=1e-5, metavar="RATE", help="learning rate of the ResNet")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: x 0.1 for the last third")
-    g.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
-    g.add_argument("--clip", type=float, default=0.1, metavar="NORM", help="largest norm of the gradient")
     g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
                    help="other weights in the sum than 1 and DETR's: mlm itm caption class bbox giou attribute")
     g.add_argument("--without", nargs="+", choices=TASKS, default=[], metavar="LOSS",
                    help=f"losses to leave out (Table 3): {' '.join(TASKS)}")
-    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
-    add_device_flags(g)
+    add_loop_flags(g)
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g = parser.add_argument_group("output")
     g.add_argument("--output", default="runs/pretrain", metavar="DIR",
-                   help="folder for log.jsonl, last.pt and sheet.png")
-    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
-    g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+                   help="folder for log.jsonl, last.pt, report.html and sheet.png")
+    add_keeping_flags(g)
     g.add_argument("--val-every", type=int, default=5000, metavar="STEPS",
                    help="steps between two validations; 0: only one, at the end")
     g.add_argument("--val-pictures", type=int, default=1000, metavar="N",
                    help="held-out pictures to measure on, at most")
-    g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
-                   help="time between two checkpoints")
     chosen = parser.parse_args(argv)
     state = None
     if chosen.resume:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
 
 import evaluate
 from data import Example
@@ -204,6 +206,13 @@ def test_text_of_others_cannot_become_part_of_the_page(files):
     assert "<script>alert" not in page and "<img" not in page and page.count("<script>") == 1
 
 
+def test_braces_are_text(files):
+    gallery = Gallery()
+    gallery.add(["kind"], 0.5, "", "{{symbols}} and {{lead}}", {"lines": ["{{body}}"]}, {"lines": ["{{other}}"]})
+    page = report_page([run_of(gallery)])
+    assert all(f"{{{{{name}}}}}" in page for name in ("symbols", "lead", "body", "other"))
+
+
 def test_bars_of_several_runs_have_one_scale(files):
     runs = [run_of(Gallery(), name, [{"step": 1, "val_CIDEr": value, "blind_CIDEr": 0.43}]) | {"kind": "caption"}
             for name, value in (("runs/model-a", 1.72), ("runs/model-b", 0.86))]
@@ -226,7 +235,6 @@ def test_the_table_has_the_last_validation_of_a_long_run():
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("no Chromium with its chromedriver is installed; .ci/run installs them")
@@ -250,6 +258,10 @@ def site(runs):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(runs))
+
+        def end_headers(self):  # a page from the browser's memory would not be counted
+            self.send_header("Cache-Control", "no-store")
+            super().end_headers()
 
         def log_message(self, *args):
             asked.append(self.path)
@@ -342,7 +354,6 @@ def test_a_long_gallery_comes_in_parts(browser, tmp_path):
 
 
 def test_values_can_be_read_with_the_keyboard(browser, site, runs):
-    from selenium.webdriver.common.keys import Keys
     visit(browser, f"{site[0]}/a/report.html")
     svg = browser.find_element("css selector", '.chart svg[aria-label^="loss: the weighted sum"]')
     browser.execute_script("arguments[0].focus()", svg)
