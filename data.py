@@ -1071,13 +1071,16 @@ def pad_tokens(lists, pad):
 
 
 def collate(items, pad):
-    """Items of PretrainingSet -> a batch: images (B, 3, H, W) uint8, sizes (B, 2), tokens, mlm_labels (B, K, T) (-1 =
-    nothing to guess), captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the picture),
-    no_sentence (B,) (True = detection without a sentence), targets: a list of B dicts, see matcher.set_loss.
+    """Items of PretrainingSet -> a batch: images (B, 3, H, W) uint8, sizes (B, 2), tokens (B, K, T), mlm_places (M,):
+    the hidden words' places in tokens.flatten(), mlm_words (M,): what they were, captions (B, K, Tc), itm_labels (B, K)
+    (1 = the sentence belongs to the picture), no_sentence (B,) (True = detection without a sentence), targets: a list
+    of B dicts, see matcher.set_loss.
     """
     images, sizes = pad_pictures([item["image"] for item in items])
+    labels = pad_tokens([item["mlm_labels"] for item in items], -1).flatten()  # -1: nothing to guess
+    places = (labels >= 0).nonzero()[:, 0]  # found here, because a device would have to tell how many there are
     return {"images": images, "sizes": sizes, "tokens": pad_tokens([item["tokens"] for item in items], pad),
-            "mlm_labels": pad_tokens([item["mlm_labels"] for item in items], -1),
+            "mlm_places": places, "mlm_words": labels[places],
             "captions": pad_tokens([item["captions"] for item in items], pad),
             "itm_labels": torch.tensor([item["itm_labels"] for item in items]),
             "no_sentence": torch.tensor([item["no_sentence"] for item in items]),

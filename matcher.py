@@ -37,15 +37,16 @@ def box_xyxy_to_cxcywh(boxes):
     return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
 
 
-def generalized_box_iou(a, b):
+def generalized_box_iou(a, b, check=True):
     """GIoU of boxes xyxy, elementwise with broadcasting: a[:, None], b[None] gives all pairs. Range -1 .. 1.
 
     IoU alone is 0 for all boxes that do not touch, however far apart, and gives no gradient there. GIoU subtracts the
     empty part of the smallest box around both, so it still says in which direction to move (Rezatofighi et al. 2019).
-    Raises ValueError if a box has x1 < x0 or y1 < y0: its "area" would be meaningless.
+    Raises ValueError if a box has x1 < x0 or y1 < y0: its "area" would be meaningless. check=False asks for no such
+    box, which spares waiting for the device: boxes made of centre and size have corners in order.
     """
     a, b = full_precision(a), full_precision(b)
-    for name, boxes in (("first", a), ("second", b)):
+    for name, boxes in (("first", a), ("second", b)) if check else ():
         if (boxes[..., 2:] < boxes[..., :2]).any():
             raise ValueError(f"generalized_box_iou: the {name} boxes have x1 < x0 or y1 < y0; give corners (xyxy)")
     area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
@@ -89,7 +90,7 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
     found = full_precision(boxes)
     cost += cost_bbox * torch.cdist(found.flatten(0, 1), wanted.repeat(L, 1, 1), p=1).view(L, B, Q, most)
     cost -= cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(found)[..., None, :],
-                                            box_cxcywh_to_xyxy(wanted)[None, :, None])
+                                            box_cxcywh_to_xyxy(wanted)[None, :, None], check=False)
     cost = cost.cpu()  # the one transfer: scipy works on the host, and each transfer would wait for the device
     cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).numpy()
     rows = []
@@ -170,7 +171,7 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     zero = boxes.sum() * 0.0
     found, wanted = torch.cat(found or [boxes[0, 0, :0]]), torch.cat(wanted or [boxes[0, 0, :0]])
     loss_bbox = zero + F.l1_loss(found, wanted, reduction="sum") / num_boxes
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted))
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted), check=False)
     loss_giou = zero + (1 - giou).sum() / num_boxes
     loss_attribute = nothing
     if attributes:

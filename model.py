@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command
@@ -72,11 +73,47 @@ class Config:
 class FrozenBatchNorm(FrozenBatchNorm2d):
     """Batch norm with fixed statistics: a process's few large pictures are too small a sample to measure new ones.
 
-    torchvision's returns float32 for bf16 input, and so the whole ResNet would.
+    It holds torchvision's tensors and does nothing itself: the convolution before it does its work, see FoldedConv.
     """
 
     def forward(self, x):
-        return super().forward(x).to(x.dtype)
+        return x
+
+    def scale_and_shift(self):
+        """(C,), (C,): frozen batch norm is x * scale + shift."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+
+class FoldedConv(nn.Conv2d):
+    """A convolution with the frozen batch norm that follows it: (w * x) scale + shift = (w scale) * x + shift.
+
+    So the few weights are multiplied instead of the many pixels, which spares two passes over the largest tensors of
+    the whole model. It is done anew each time, since the weights learn; they keep torchvision's names and values.
+    """
+
+    def __init__(self, conv, norm):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.weight = conv.weight
+        self.norm = [norm]  # in a list, so that it stays the ResNet's alone, with its one name in checkpoints
+
+    def forward(self, x):
+        scale, shift = self.norm[0].scale_and_shift()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+
+
+def run(module, *inputs, recompute=False, **more):
+    """module(*inputs). With recompute, what it computes inside is not kept for the backward pass but computed again
+    there ("activation checkpointing"): less memory, and about a third more time.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False, **more)
+    return module(*inputs, **more)
+
+
+def is_padded(images, sizes):
+    """Is any of the pictures smaller than the tensor? Asked of sizes on the host, no device must be waited for."""
+    return sizes.amin(0).tolist() != list(images.shape[-2:])
 
 
 class Backbone(nn.Module):
@@ -93,13 +130,19 @@ class Backbone(nn.Module):
             raise InputError(f"--backbone {config.backbone}: unknown; choose one of {', '.join(BACKBONES)}")
         if config.stride not in (16, 32):
             raise InputError(f"--stride {config.stride}: unknown; choose 16 or 32")
-        self.architecture = BACKBONES[config.backbone]
+        self.architecture, self.frozen = BACKBONES[config.backbone], config.frozen_batch_norm
         norm = FrozenBatchNorm if config.frozen_batch_norm else nn.BatchNorm2d
         resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
         resnet.fc = resnet.avgpool = None
         channels = {32: 512, 16: 256}[config.stride] * (1 if config.backbone in ("r18", "r34") else 4)
         if config.stride == 16:
             resnet.layer4 = None
+        if config.frozen_batch_norm:
+            for part in list(resnet.modules()):
+                children = list(part.named_children())  # each convolution of a ResNet is followed by its norm
+                for (name, child), (_, after) in zip(children, children[1:]):
+                    if isinstance(child, nn.Conv2d):
+                        setattr(part, name, FoldedConv(child, after))
         # channels_last: the channels of a pixel side by side in memory, as the quick convolutions of CPUs and GPUs want
         self.resnet = resnet.to(memory_format=torch.channels_last)
         self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img" in the paper
@@ -119,29 +162,35 @@ class Backbone(nn.Module):
         if self._masks is not None:
             return inputs[0] * self._masks[inputs[0].shape[-2:]].to(inputs[0].dtype)
 
-    def forward(self, images, sizes):
-        """images (B, 3, H0, W0) uint8 RGB padded right and below; sizes (B, 2) int64: the true height and width.
+    def forward(self, images, sizes, recompute=False):
+        """images (B, 3, H0, W0) uint8 RGB padded right and below; sizes (B, 2) int64: the true height and width;
+        recompute: see `run` (not where batch norm trains: it would count each batch twice).
 
         Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is picture.
         """
         H0, W0 = images.shape[-2:]
+        padded, sizes = is_padded(images, sizes), sizes.to(images.device)
         rows = torch.arange(H0, device=images.device)[None, :, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=images.device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
         mask = rows & columns                                                                      # (B, H0, W0)
-        padded = not bool(mask.all())
         x = ((images.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         levels = {mask.shape[-2:]: mask[:, None].to(x.dtype)}
         for _ in range(5 if self.resnet.layer4 is not None else 4):
             # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
             mask = mask[:, ::2, ::2]
             levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
-        self._masks = levels if padded else None  # a batch without padding pays nothing
+        masks = levels if padded else None  # a batch without padding pays nothing
+
+        def masked(block, x):
+            self._masks = masks  # here, since the backward pass may come back to it
+            return block(x)
+
         net = self.resnet
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # (B, 64, H0 / 4, W0 / 4)
-        x = net.layer3(net.layer2(net.layer1(x)))         # (B, C, H0 / 16, W0 / 16)
-        if net.layer4 is not None:
-            x = net.layer4(x)                             # (B, C, H0 / 32, W0 / 32)
-        self._masks = None
+        x = masked(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))), x)  # (B, 64, H0 / 4, W0 / 4)
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):   # each but the first halves the sides
+            for block in stage:
+                x = run(masked, block, x, recompute=recompute and self.frozen)
+        self._masks = None                                                     # (B, C, H0 / stride, W0 / stride)
         assert x.shape[-2:] == mask.shape[-2:]
         return self.project(x), mask
 
@@ -348,6 +397,7 @@ class E2EVLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.recompute = False  # a training's own choice (--activation-checkpointing), see `run`
         self.backbone = Backbone(c)
         self.sentence = SentenceEmbedding(c)
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
@@ -402,10 +452,10 @@ class E2EVLP(nn.Module):
 
     def encode_picture(self, images, sizes):
         """Pixels to grid: (B, 3, H0, W0) uint8, (B, 2) -> Memory of S = H * W cells. The costly part; runs once."""
-        grid, mask = self.backbone(images, sizes)                     # (B, D, H, W), (B, H, W)
+        grid, mask = self.backbone(images, sizes, self.recompute)     # (B, D, H, W), (B, H, W)
         positions = sine_positions(mask, grid.shape[1], self.config.temperature).to(grid.dtype)
-        mask = mask.flatten(1)                                        # (B, S)
-        return Memory(grid.flatten(2).transpose(1, 2), positions, None if bool(mask.all()) else mask)
+        mask = mask.flatten(1) if is_padded(images, sizes) else None  # (B, S)
+        return Memory(grid.flatten(2).transpose(1, 2), positions, mask)
 
     def encode(self, grid, tokens=None):
         """The cross-modal encoder over [CLS] w1 .. wm [SEP] o1 .. oS (section 3.1.2), or over the picture alone.
@@ -422,7 +472,7 @@ class E2EVLP(nn.Module):
             positions = torch.cat([torch.zeros_like(words), positions], dim=1)
             mask = torch.cat([there, cells], dim=1)                   # (B, T + S)
         for layer in self.encoder:
-            x = layer(x, positions, mask)
+            x = run(layer, x, positions, mask, recompute=self.recompute)
         return Memory(x, positions, mask)
 
     def guess_words(self, states):
@@ -440,7 +490,7 @@ class E2EVLP(nn.Module):
         x = memory.states.new_zeros(B, self.config.queries, self.config.width)
         outputs = []
         for layer in self.decoder:
-            x = layer(x, self.query_positions.weight, memory)
+            x = run(layer, x, self.query_positions.weight, memory, recompute=self.recompute)
             outputs.append(x)
         return torch.stack(outputs)
 
@@ -463,7 +513,8 @@ class E2EVLP(nn.Module):
         """
         x = self.sentence(tokens, start).to(memory.states.dtype)
         for i, layer in enumerate(self.decoder):
-            x = layer(x, 0, memory, causal=True, cache=None if caches is None else caches[i])
+            x = run(layer, x, 0, memory, causal=True, cache=None if caches is None else caches[i],
+                    recompute=self.recompute)
         return self.caption(x)
 
     # -- pre-training --------------------------------------------------------------------------------------------
@@ -471,7 +522,7 @@ class E2EVLP(nn.Module):
     def forward(self, batch):
         """All that the four losses of section 3.2 need, in one pass, so that every parameter takes part in each step.
 
-        batch (see data.collate): images, sizes, tokens (B, K, T), mlm_labels (B, K, T), captions (B, K, Tc),
+        batch (see data.collate): images, sizes, tokens (B, K, T), mlm_places (M,), captions (B, K, Tc),
         no_sentence (B,). K sentences share one pass of the backbone, by far the greater part of the cost.
         Returns mlm (M, V) for the M chosen words, itm (B * K, 2), objects (see `detect`), caption (B * K, Tc - 1, V).
         """
@@ -479,7 +530,7 @@ class E2EVLP(nn.Module):
         grid = self.encode_picture(batch["images"], batch["sizes"])
         # Pass 1: the picture with each of its K sentences, for MLM and ITM
         joint = self.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))        # B * K sequences
-        chosen = joint.states[:, :T][batch["mlm_labels"].flatten(0, 1) >= 0]      # (M, D): only words to be guessed
+        chosen = joint.states[:, :T].flatten(0, 1)[batch["mlm_places"]]           # (M, D): only words to be guessed
         mlm = self.guess_words(chosen)
         itm = self.itm(joint.states[:, 0])                                        # from [CLS]
         # Pass 2: the picture alone, for the caption
@@ -694,7 +745,7 @@ def walk(config, height, width, words):
     row_after(resnet.maxpool, "ResNet stem", "Backbone.forward", resnet.conv1, resnet.bn1)
     for name, stage in resnet.named_children():
         if name.startswith("layer"):
-            row_after(stage, f"ResNet {name}", "Backbone.forward", stage)
+            row_after(stage[-1], f"ResNet {name}", "Backbone.forward", stage)
     row_after(project, f"1x1 projection to D = {config.width}", "Backbone.forward", project)
     row_after(model.sentence, "sentence embedding", "SentenceEmbedding", model.sentence)
     model.caption.register_forward_pre_hook(lambda _module, inputs: row(

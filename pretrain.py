@@ -272,18 +272,17 @@ def counts_of(batch, args):
     A mean of means would weigh a word more that stands in a part with few words. Dividing by the count over everything
     gives the same gradient on 1 and on N processes.
     """
-    mlm, itm = (batch["mlm_labels"] >= 0).sum(), batch["itm_labels"].numel()
+    mlm, itm = len(batch["mlm_places"]), batch["itm_labels"].numel()
     words = (batch["captions"][..., 1:] != args.pad).sum()
     return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries).tolist()]
 
 
 def losses(outputs, batch, counts, args):
     """The named losses of section 3.2, each normalised by its count; outputs as E2EVLP.forward gives them."""
-    chosen = batch["mlm_labels"][batch["mlm_labels"] >= 0]
     words = batch["captions"][..., 1:].flatten()
     mlm, itm, caption = (max(c, 1) for c in counts[:3])
     return {
-        "loss_mlm": F.cross_entropy(outputs["mlm"].float(), chosen, reduction="sum") / mlm,
+        "loss_mlm": F.cross_entropy(outputs["mlm"].float(), batch["mlm_words"], reduction="sum") / mlm,
         "loss_itm": F.cross_entropy(outputs["itm"].float(), batch["itm_labels"].flatten(), reduction="sum") / itm,
         "loss_caption": F.cross_entropy(outputs["caption"].float().flatten(0, 1), words, ignore_index=args.pad,
                                         reduction="sum") / caption,
@@ -337,7 +336,8 @@ def to_device(value, device):
     if torch.is_tensor(value):  # MPS would still be copying when the batch is gone
         return value.to(device, non_blocking=device.startswith("cuda"))
     if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
+        # The pictures' sizes stay on the host, which asks them whether anything is padded
+        return {k: v if k == "sizes" else to_device(v, device) for k, v in value.items()}
     return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 

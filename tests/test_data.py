@@ -537,13 +537,16 @@ def test_collation(pictures, vocabulary):
     items = [data[0, i, 0] for i in range(4)]
     batch = collate(items, data.tokenizer.pad)
     B, K, T = batch["tokens"].shape
-    assert (B, K) == (4, 3) and batch["mlm_labels"].shape == (B, K, T) and batch["itm_labels"].shape == (B, K)
+    assert (B, K) == (4, 3) and batch["itm_labels"].shape == (B, K)
     assert batch["captions"].shape[:2] == (B, K) and batch["no_sentence"].dtype == torch.bool
     for b, item in enumerate(items):
         assert batch["sizes"][b].tolist() == list(item["image"].shape[1:])
         for k, tokens in enumerate(item["tokens"]):
             assert batch["tokens"][b, k].tolist() == tokens + [data.tokenizer.pad] * (T - len(tokens))
-            assert batch["mlm_labels"][b, k, len(tokens):].eq(-1).all()
+    hidden = {((b * K + k) * T + t, word) for b, item in enumerate(items)
+              for k, labels in enumerate(item["mlm_labels"]) for t, word in enumerate(labels) if word >= 0}
+    assert hidden == set(zip(batch["mlm_places"].tolist(), batch["mlm_words"].tolist()))
+    assert len(hidden) == len(batch["mlm_places"]) > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------

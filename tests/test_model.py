@@ -21,6 +21,8 @@ from model import (
     Config,
     DecoderLayer,
     EncoderLayer,
+    FoldedConv,
+    FrozenBatchNorm,
     Memory,
     count_parameters,
     load_checkpoint,
@@ -53,7 +55,7 @@ def test_grid_has_a_cell_for_each_started_stride(stride, size):
 def test_forward_gives_every_parameter_a_gradient():
     model, batch = small_model(), small_batch()
     out = model.train()(batch)
-    assert out["mlm"].shape == (int((batch["mlm_labels"] >= 0).sum()), 50) and out["itm"].shape == (6, 2)
+    assert out["mlm"].shape == (len(batch["mlm_words"]), 50) and out["itm"].shape == (6, 2)
     assert out["caption"].shape == (6, 6, 50)
     objects = out["objects"]
     assert objects["logits"]["coco"].shape == (2, 3, 5, 4) and objects["logits"]["vg"].shape == (2, 3, 5, 5)
@@ -165,6 +167,56 @@ def test_backbone_equals_torchvisions(tmp_path):
     torch.testing.assert_close(grid, F.conv2d(c5, model.backbone.project.weight, model.backbone.project.bias),
                                rtol=1e-4, atol=1e-4)
     assert mask.shape == (2, 3, 3) and mask.all()
+    # The same for the gradients: folding the norm into the weights must not change what the weights learn
+    (grid ** 2).sum().backward()
+    (F.conv2d(c5, model.backbone.project.weight.detach(), model.backbone.project.bias.detach()) ** 2).sum().backward()
+    expected = dict(resnet.named_parameters())
+    for name, parameter in model.backbone.resnet.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3,
+                                   atol=1e-4 * float(expected[name].grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_every_frozen_norm_is_folded_and_keeps_torchvisions_names(name):
+    backbone = small_model(stride=32, backbone=f"r{name[6:]}").backbone
+    convolutions = [m for m in backbone.resnet.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in backbone.resnet.modules() if isinstance(m, FrozenBatchNorm)]
+    assert all(isinstance(m, FoldedConv) for m in convolutions) and len(convolutions) == len(norms)
+    assert {id(m.norm[0]) for m in convolutions} == {id(m) for m in norms}
+    expected = {k: v.shape for k, v in getattr(torchvision.models, name)().state_dict().items()
+                if not k.startswith("fc.") and "num_batches" not in k}
+    assert {k: v.shape for k, v in backbone.resnet.state_dict().items()} == expected
+    twin = copy.deepcopy(backbone)  # a copy's convolutions have the copy's norms
+    twin.resnet.bn1.bias.fill_(7.0)
+    image, size = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]])
+    assert not torch.allclose(twin(image, size)[0], backbone(image, size)[0])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_activation_checkpointing_changes_memory_and_nothing_else(frozen):
+    """Bit for bit: outputs, gradients and the statistics of batch norm, padding and dropout included."""
+    def step(recompute):
+        model, batch = small_model(dropout=0.1, frozen_batch_norm=frozen).train(), small_batch()
+        model.recompute, kept = recompute, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage  # held, so that no other gets its place
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(batch)
+        torch.manual_seed(6)  # the backward pass must bring its own
+        (out["mlm"].sum() + out["itm"].sum() + out["caption"].pow(2).sum() + out["objects"]["boxes"].sum()).backward()
+        return (out["caption"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+                dict(model.named_buffers()), sum(storage.nbytes() for storage in kept.values()))
+
+    kept, recomputed = step(False), step(True)
+    assert torch.equal(kept[0], recomputed[0])
+    for a, b in zip(kept[1:3], recomputed[1:3]):
+        assert a.keys() == b.keys() and len(a) and all(torch.equal(a[name], b[name]) for name in a)
+    assert recomputed[3] < (0.8 if frozen else 0.95) * kept[3]  # batch norm that trains is not computed again
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -291,11 +343,14 @@ def test_pictures_marked_so_are_detected_without_a_sentence():
 def test_k_sentences_in_one_pass_equal_k_passes():
     model, batch = small_model(), small_batch(K=3)
     together = model(batch)
+    T = batch["tokens"].shape[2]
+    row, place = batch["mlm_places"] // T, batch["mlm_places"] % T
     for k in range(3):
-        out = model({**batch, **{n: batch[n][:, k:k + 1] for n in ("tokens", "mlm_labels", "captions")}})
+        mine = row % 3 == k
+        out = model({**batch, **{n: batch[n][:, k:k + 1] for n in ("tokens", "captions")},
+                     "mlm_places": row[mine] // 3 * T + place[mine]})
         torch.testing.assert_close(together["itm"].view(3, 3, 2)[:, k], out["itm"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together["caption"].unflatten(0, (3, 3))[:, k], out["caption"], rtol=1e-4, atol=1e-5)
-        mine = (batch["mlm_labels"] >= 0).nonzero()[:, 1] == k
         torch.testing.assert_close(together["mlm"][mine], out["mlm"], rtol=1e-4, atol=1e-5)
 
 

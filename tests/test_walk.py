@@ -35,10 +35,8 @@ def walked(capsys, *flags):
 def batch_of(config):
     """The batch of pre-training that the walk shows: one picture, one sentence, 15 % of its 7 words hidden."""
     tokens = torch.randint(config.mask + 1, config.vocabulary, (1, 1, WORDS))
-    labels = torch.full_like(tokens, -1)
-    labels[0, 0, 1] = tokens[0, 0, 1]
     return {"images": torch.zeros(1, 3, 70, 101, dtype=torch.uint8), "sizes": torch.tensor([[70, 101]]),
-            "tokens": tokens, "captions": tokens, "mlm_labels": labels, "no_sentence": torch.tensor([False])}
+            "tokens": tokens, "captions": tokens, "mlm_places": torch.tensor([1]), "no_sentence": torch.tensor([False])}
 
 
 @pytest.mark.parametrize("stride", [16, 32])
