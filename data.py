@@ -1363,8 +1363,9 @@ def launch(script, words):
     start = ["python"]
     if "RANK" in os.environ:
         start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-            start.insert(1, f"--nnodes={os.environ['GROUP_WORLD_SIZE']}")
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # on each host; where they meet, torchrun does not tell
+            start[1:1] = [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}", "--rdzv_backend=c10d",
+                          "--rdzv_endpoint=HOST:PORT"]
     return shlex.join([*start, script, *words])
 
 

@@ -69,6 +69,7 @@ from pretrain import (
     clear_output,
     config_of,
     divide_batch,
+    set_up_speed,
     share_done,
     time_left,
     to_device,
@@ -352,6 +353,7 @@ def train(args, state, stop):
                 or name.startswith("sentence") and args.text == "none" and args.task == "detection"):
             parameter.requires_grad_(False)
     model.to(device)
+    set_up_speed(model, args)
     groups = {"rest": [], "head": [], "backbone": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -374,7 +376,7 @@ def train(args, state, stop):
             best = load_checkpoint(f"{args.output}/best.pt")["best"]
     objective = Objective(model, args)
     if world > 1:
-        objective = DistributedDataParallel(objective)
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
                        text=args.text, sentences_per_picture=args.sentences_per_picture, seed=args.seed)

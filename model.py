@@ -93,7 +93,8 @@ class FoldedConv(nn.Conv2d):
     """
 
     def __init__(self, conv, norm):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False,
+                         device="meta")
         self.weight = conv.weight
         self.norm = [norm]  # in a list, so that it stays the ResNet's alone, with its one name in checkpoints
 
@@ -113,7 +114,7 @@ def run(module, *inputs, recompute=False, **more):
 
 def is_padded(images, sizes):
     """Is any of the pictures smaller than the tensor? Asked of sizes on the host, no device must be waited for."""
-    return sizes.amin(0).tolist() != list(images.shape[-2:])
+    return any(size != list(images.shape[-2:]) for size in sizes.tolist())
 
 
 class Backbone(nn.Module):
@@ -137,14 +138,14 @@ class Backbone(nn.Module):
         channels = {32: 512, 16: 256}[config.stride] * (1 if config.backbone in ("r18", "r34") else 4)
         if config.stride == 16:
             resnet.layer4 = None
+        # channels_last: the channels of a pixel side by side in memory, as the quick convolutions of CPUs and GPUs want
+        self.resnet = resnet.to(memory_format=torch.channels_last)
         if config.frozen_batch_norm:
             for part in list(resnet.modules()):
                 children = list(part.named_children())  # each convolution of a ResNet is followed by its norm
                 for (name, child), (_, after) in zip(children, children[1:]):
                     if isinstance(child, nn.Conv2d):
                         setattr(part, name, FoldedConv(child, after))
-        # channels_last: the channels of a pixel side by side in memory, as the quick convolutions of CPUs and GPUs want
-        self.resnet = resnet.to(memory_format=torch.channels_last)
         self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img" in the paper
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)

@@ -15,18 +15,25 @@ the weights of one that never stopped.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import sys
 import time
+import weakref
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # macOS: what MPS lacks runs on the CPU; torch reads it once
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import shapes
@@ -45,6 +52,7 @@ from data import (
     gathered,
     ignore_signals,
     index_pretraining,
+    resized,
     say_first,
     start_processes,
     stop_processes,
@@ -52,7 +60,7 @@ from data import (
 )
 from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
 from matcher import LOSS_WEIGHTS, count, set_loss
-from model import BACKBONES, E2EVLP, Config, count_parameters, load_checkpoint, save_checkpoint
+from model import BACKBONES, E2EVLP, Attention, Config, count_parameters, load_checkpoint, save_checkpoint
 
 TASKS = ("mlm", "itm", "detection", "attributes", "caption")
 
@@ -110,7 +118,11 @@ def add_loop_flags(g):
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first weights and all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N, or mps on a Mac; default: cuda if there is one, else cpu")
-    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
+    g.add_argument("--amp", choices=("none", "tf32", "bf16"), default="none",
+                   help="mixed precision; tf32: of a GPU's matrix products alone (none leaves it to the convolutions)")
+    g.add_argument("--activation-checkpointing", action="store_true",
+                   help="compute again in the backward pass instead of keeping: a fraction of the memory, a third more "
+                   "time (without --backbone-weights the transformer alone)")
 
 
 def add_keeping_flags(g):
@@ -118,6 +130,14 @@ def add_keeping_flags(g):
     g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
                    help="time between two checkpoints")
     g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+
+
+def add_plan_flags(g):
+    g.add_argument("--plan", action="store_true", help="train nothing; print what this run would take")
+    g.add_argument("--gpus", type=int, default=1, metavar="N", help="plan: GPUs in all, over all hosts")
+    g.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="plan: memory of one")
+    g.add_argument("--gpu-tflops", type=float, default=100, metavar="TFLOPS",
+                   help="plan: what one sustains in training, not its peak (log.jsonl's pictures_per_second tells)")
 
 
 def parse(argv):
@@ -153,6 +173,7 @@ def parse(argv):
     g.add_argument("--output", default="runs/pretrain", metavar="DIR",
                    help="folder for log.jsonl, last.pt, report.html and sheet.png")
     add_keeping_flags(g)
+    add_plan_flags(parser.add_argument_group("plan"))
     g.add_argument("--val-every", type=int, default=5000, metavar="STEPS",
                    help="steps between two validations; 0: only one, at the end")
     g.add_argument("--val-pictures", type=int, default=1000, metavar="N",
@@ -180,7 +201,8 @@ def parse(argv):
 
 # Bounds of flags, for fine-tuning too: more than 0, and 0 or more
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
-            "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip")
+            "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip",
+            "gpus", "gpu_memory", "gpu_tflops")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
                 "max_broken", "val_every", "val_examples", "margin", "seed")
 
@@ -331,6 +353,12 @@ def time_left(seconds, share, limit=0.0):
     return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds % 60:02} left"
 
 
+def set_up_speed(model, args):
+    """What --amp and --activation-checkpointing need beside autocast."""
+    model.recompute = args.activation_checkpointing
+    torch.set_float32_matmul_precision("high" if args.amp == "tf32" else "highest")
+
+
 def to_device(value, device):
     """A batch with all tensors in it, however deep, on the device."""
     if torch.is_tensor(value):  # MPS would still be copying when the batch is gone
@@ -377,6 +405,7 @@ def train(args, state, stop):
     names, config = data["names"], model.config
     args.pad = tokenizer.pad
     model.to(device)
+    set_up_speed(model, args)
     backbone = list(model.backbone.resnet.parameters())
     ours = {id(p) for p in backbone}
     optimizer = torch.optim.AdamW([
@@ -387,7 +416,8 @@ def train(args, state, stop):
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["seconds"]
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    # DDP adds up the gradients in buckets while the backward pass still runs; views: they lie there and nowhere else
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     if args.compile:
         wrapped = torch.compile(wrapped)
 
@@ -574,8 +604,136 @@ def summary(measures, pictures, folder):
     return f"On {pictures} held-out pictures {', '.join(parts)}; see {folder}/report.html and sheet.png"
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being: held `now`, and at the `peak`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = weakref.WeakSet(t.untyped_storage() for t in known)  # not counted: they were there before
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                weakref.finalize(storage, self.free, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, size):
+        self.now -= size
+
+
+def step_cost(config, args, pictures, height, width, words=20, fake=True):
+    """(FLOPs, bytes) of forward and backward: so many pictures of one size, --sentences-per-picture of 20 word pieces.
+
+    bytes: the peak beyond weights and gradients, so activations and what is needed in passing. fake: with tensors that
+    have a shape and no memory, in seconds on any machine. Attention is taken as the quick kernels do it, which do not
+    keep its weights.
+    """
+    model = E2EVLP(config).train()
+    model.recompute = args.activation_checkpointing
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.dropout = 0.0  # CPUs, which stand for GPUs here, have no quick kernel with dropout
+        for kept in (module._parameters, module._buffers) if fake else ():
+            kept.update({name: type(t)(mode.from_tensor(t)) if isinstance(t, torch.nn.Parameter) else mode.from_tensor(t)
+                         for name, t in kept.items() if t is not None})
+    K, hidden = args.sentences_per_picture, max(1, round(0.15 * (words - 2)))
+    sizes = torch.tensor([[height, width]] * pictures)  # a real tensor: the host reads it
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some releases of torch do not count it
+    formulas = {attention: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                    lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    with mode:
+        for parameter in model.parameters():  # as with several parts, or with DDP's buckets: they are always there
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.full((pictures, K, words), config.mask)
+        batch = {"images": torch.zeros(pictures, 3, height, width, dtype=torch.uint8), "sizes": sizes, "tokens": tokens,
+                 "captions": tokens, "mlm_places": torch.arange(pictures * K * hidden),
+                 "no_sentence": torch.zeros(pictures, dtype=torch.bool)}
+        held = Held([*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers()])
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter, held:
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp == "bf16"):
+                out = model(batch)
+            objects = out["objects"]
+            # In place of the losses, which keep log_softmax's result too; the matching needs numbers, and is small
+            scores = [out["mlm"], out["itm"], out["caption"], *objects["logits"].values(), objects["attributes"]]
+            (sum(x.float().log_softmax(-1).sum() for x in scores) + objects["boxes"].sum()).backward()
+    return counter.get_total_flops(), held.peak
+
+
+def plan(args):
+    """Print what a run with these flags takes: parameters, FLOPs, memory, steps, time. Trains nothing.
+
+    The pictures' number and sizes are --data's, or if nothing is there 180,000 of 480 x 640 pixels.
+    """
+    there = os.path.exists(f"{args.data}/vocab.txt")
+    data = index_pretraining(args.data, args.sets, args.index) if there else None
+    if there:
+        config = config_of(args, Tokenizer(args.vocab or f"{args.data}/vocab.txt"), data["names"])
+        shapes_of, number = np.asarray(data["train"].sizes), len(data["train"])
+    else:
+        config = Config(**{flag: getattr(args, flag) for flag in MODEL_FLAGS},
+                        frozen_batch_norm=args.backbone_weights != "none")
+        shapes_of, number = np.array([[480, 640]]), 180_000
+    share, parts = divide_batch(args, args.gpus)
+    at_once = share // parts
+    with torch.device("meta"):
+        parameters = count_parameters(E2EVLP(config))
+    short, long = max(args.short_sides), max(args.long_side, max(args.short_sides))
+
+    # FLOPs grow with the area, attention's with its square: three sizes give the curve, the pictures' sizes the mean.
+    points = [(int(short * scale), int(long * scale)) for scale in (1, 0.75, 0.5)]
+    costs = [step_cost(config, args, 1, *size) for size in points]
+    curve = np.polyfit([h * w for h, w in points], [flops for flops, _ in costs], 2)
+    some = shapes_of[np.linspace(0, len(shapes_of) - 1, min(len(shapes_of), 1000)).astype(int)]
+    areas = [math.prod(resized(*shape, side, args.long_side)) for shape in some.tolist() for side in args.short_sides]
+    flops = float(np.polyval(curve, areas).mean())
+    one = costs[0][1]
+    each = step_cost(config, args, 2, *points[0])[1] - one  # what one more picture takes
+    fixed = [("weights", 4 * parameters), ("gradients", 4 * parameters), ("optimiser", 8 * parameters)]
+    whole = sum(size for _, size in fixed) + one + (at_once - 1) * each
+    fitting = max(0, int(1 + (args.gpu_memory * 1e9 - whole + (at_once - 1) * each) // each))
+    per_epoch = number / args.batch_size
+    steps = args.steps or math.ceil(args.epochs * per_epoch)
+    seconds = args.batch_size * flops / (args.gpus * args.gpu_tflops * 1e12)
+    size = f"{short} x {long}"
+    lines = [
+        ("model", f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers, "
+         f"{parameters / 1e6:.1f} M parameters"),
+        ("a step", f"{args.batch_size} pictures = {args.gpus} GPU(s) x {parts} part(s) x {at_once}, each with "
+         f"{args.sentences_per_picture} sentence(s) of 20 word pieces"),
+        ("FLOPs", f"{flops / 1e12:.3g} T a picture on average, {costs[0][0] / 1e12:.3g} T at {size} pixels; "
+         f"{args.batch_size * flops / 1e12:.3g} T a step, forward and backward"),
+        ("memory, one GPU", " + ".join(f"{name} {size / 1e9:.2f}" for name, size in (
+            *fixed, ("activations", one + (at_once - 1) * each))) + f" = {whole / 1e9:.2f} of {args.gpu_memory:g} GB, "
+         f"at {size} pixels; CUDA itself and its workspaces take 1 to 2 more"),
+        ("fits", f"at most {fitting} pictures at once" + ("" if at_once <= fitting else
+         f", not {at_once}: " + (f"give --micro-batch {fitting}" if fitting else "a smaller picture or model") +
+         ("" if args.activation_checkpointing else " or --activation-checkpointing"))),
+        ("an epoch", f"{per_epoch:,.0f} steps, {number:,} pictures " + (f"of {args.data}" if there else
+         f"(the paper's; nothing lies in {args.data})")),
+        ("the whole run", f"{steps:,} steps, {steps / per_epoch:,.4g} epochs: {seconds * steps / 3600:,.3g} hours "
+         f"if each GPU sustains {args.gpu_tflops:g} TFLOP/s, {seconds:.3g} s a step; the loader must bring each "
+         f"{args.batch_size / args.gpus / seconds:,.3g} pictures a second")]
+    print("\n".join(f"{name:16} {text}" for name, text in lines))
+
+
 def main(argv=None):
-    return command("pretrain.py", lambda stop: train(*parse(argv), stop))
+    def work(stop):
+        args, state = parse(argv)
+        return plan(args) if args.plan else train(args, state, stop)
+
+    return command("pretrain.py", work)
 
 
 if __name__ == "__main__":

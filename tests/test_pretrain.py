@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ from PIL import Image
 
 import pretrain
 from data import InputError
-from model import load_checkpoint
+from model import E2EVLP, Config, count_parameters, load_checkpoint, walk
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -130,6 +132,42 @@ def test_processes_and_parts_change_nothing(one_step, launch, flags):
             assert many_log[name] == pytest.approx(one_log[name], rel=1e-5), name
 
 
+@pytest.fixture
+def two_hosts(tmp_path):
+    """Run a script as on two hosts: two launchers that know of each other only where to meet."""
+    def run(*words):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            meet = f"localhost:{s.getsockname()[1]}"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                  "--rdzv_backend=c10d", f"--rdzv_endpoint={meet}"]
+        hosts = [subprocess.Popen([*launch, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+        said = [host.communicate(timeout=300) for host in hosts]
+        assert [host.returncode for host in hosts] == [0, 0], said
+        return "".join(out for out, _ in said)
+    return run
+
+
+def test_two_hosts_train_and_measure_as_one_process(one_step, two_hosts, world, weights, tmp_path):
+    flags = [*TINY, "--data", world, "--steps", "1", "--backbone-weights", weights, "--lr", "1e-4", "--lr-backbone",
+             "1e-5"]
+    said = two_hosts("pretrain.py", *flags, "--output", f"{tmp_path}/out", "--activation-checkpointing",
+                     "--micro-batch", "1")
+    assert said.count("batch 4 = 2 process(es) x 2 part(s) x 1 pictures") == 1  # only the first process speaks
+    one, one_log = one_step()
+    for name, value in load_checkpoint(f"{tmp_path}/out/last.pt")["model"].items():
+        torch.testing.assert_close(value, one["model"][name], rtol=0, atol=1e-5, msg=lambda m, name=name: name + m)
+    assert log(f"{tmp_path}/out")[0][0]["grad_norm"] == pytest.approx(one_log["grad_norm"], rel=1e-5)
+    evaluate = ["evaluate.py", "--checkpoint", f"{tmp_path}/out/last.pt", "--data", world, "--json"]
+    two_hosts(*evaluate, f"{tmp_path}/two.json")
+    ok(subprocess.run([sys.executable, *evaluate, f"{tmp_path}/one.json"], cwd=ROOT, text=True, capture_output=True))
+    with open(tmp_path / "one.json") as a, open(tmp_path / "two.json") as b:
+        measured, expected = json.load(b), json.load(a)
+    assert measured.keys() == expected.keys()
+    assert all(measured[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6) for name in expected)
+
+
 def test_two_processes_measure_what_one_does(run, command, tmp_path):
     shutil.copytree(run[0], tmp_path / "out")
     ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", launch=TORCHRUN))
@@ -242,6 +280,51 @@ def test_a_full_size_step_fits_into_12_gb():
     ok(done)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest child so far, GB
     assert max(before / 2 ** 20, peak) < 12
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--activation-checkpointing"]], ids=lambda f: f[-1:])
+def test_the_plans_step_is_the_real_one(flags):
+    """Counted without memory or computation, and for tensors that are there: the same FLOPs and bytes."""
+    args = args_of("--queries", "20", "--sentences-per-picture", "2", *flags)
+    config = Config(backbone="r18", encoder_layers=2, decoder_layers=2, queries=20)
+    (flops, held), (real_flops, real_held) = (
+        pretrain.step_cost(config, args, 2, 160, 224, fake=fake) for fake in (True, False))
+    assert flops == real_flops and held == pytest.approx(real_held, rel=0.02)
+
+
+def test_the_plans_flops_are_three_times_the_walks():
+    """A backward pass has twice the products of the forward pass: for a layer's input and for its weights. Less: the
+    first convolution's input; more: quick attention computes its weights a second time."""
+    config = Config(backbone="r18", encoder_layers=2, decoder_layers=2)
+    forward = sum(row[3] for row in walk(config, 256, 320, 20))
+    flops, _ = pretrain.step_cost(config, args_of(), 1, 256, 320)
+    assert flops == pytest.approx(3 * forward, rel=0.03)
+
+
+def test_the_plan_is_printed_and_nothing_is_written(command, tmp_path):
+    said = ok(command("pretrain.py", "--plan", "--backbone", "r18", "--gpus", "8", "--micro-batch", "2", "--short-sides",
+                      "64", "96", "--long-side", "160", "--encoder-layers", "2", "--data", f"{tmp_path}/none",
+                      "--output", f"{tmp_path}/out"))
+    with torch.device("meta"):
+        parameters = count_parameters(E2EVLP(Config(backbone="r18", encoder_layers=2)))
+    assert f"{parameters / 1e6:.1f} M parameters" in said and "8 GPU(s) x 2 part(s) x 2" in said
+    assert "5,625 steps" in said and "1,125,000 steps, 200 epochs" in said and max(map(len, said.splitlines())) < 200
+    weights, gradients, optimiser, activations, whole = map(float, re.search(
+        r"weights ([\d.]+) \+ gradients ([\d.]+) \+ optimiser ([\d.]+) \+ activations ([\d.]+) = ([\d.]+) of 80 GB",
+        said).groups())
+    assert weights == gradients == pytest.approx(parameters * 4e-9, abs=0.01)
+    assert optimiser == pytest.approx(2 * weights, abs=0.01)
+    assert weights + gradients + optimiser + activations == pytest.approx(whole, abs=0.03)
+    assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
+
+
+def test_the_plan_knows_the_data(command, world, tmp_path):
+    said = ok(command("pretrain.py", *TINY, "--plan", "--data", world, "--gpu-memory", "0.01"))
+    assert f"64 pictures of {world}" in said and "at most 0 pictures at once, not 4" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -48,9 +48,16 @@ def test_every_command_runs(world, tmp_path):
             continue
         launch = [sys.executable]
         if words[0] == "torchrun":
-            assert words[1] == "--nproc_per_node=8"
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            words = words[1:]
+            launch += ["-m", "torch.distributed.run"]
+            if words[1].startswith("--nnodes"):
+                assert words[1:5] == ["--nnodes=2", "--nproc_per_node=8", "--rdzv_backend=c10d",
+                                      "--rdzv_endpoint=HOST:29500"]
+                launch += ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29512"]
+                words = words[4:]
+            else:
+                assert words[1] == "--nproc_per_node=8"
+                launch += ["--standalone", "--nproc_per_node=2"]
+                words = words[1:]
         script, flags = words[1], words[2:]
         if script == "pretrain.py":
             flags += SMALL + (["--data", "DIR"] if "--resume" not in flags else [])
@@ -60,9 +67,13 @@ def test_every_command_runs(world, tmp_path):
             flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
         elif script == "shapes.py":
             flags += ["--train", "16", "--val", "2", "--test", "2"]
-        done = subprocess.run([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True, stdin=given,
-                              capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, (words, done.stderr[-2000:])
+        hosts = [subprocess.Popen([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True, stdin=given,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+                 for _ in range(2 if "--nnodes=2" in launch else 1)]  # a command for two hosts is given on both
+        for host in hosts:
+            _, said = host.communicate(timeout=300)
+            assert host.returncode == 0, (words, said[-2000:])
 
 
 def test_a_task_of_your_own_runs(world, tmp_path):
