@@ -645,8 +645,8 @@ def step_cost(config, args, pictures, height, width, words=20, fake=True):
         if isinstance(module, Attention):
             module.dropout = 0.0  # CPUs, which stand for GPUs here, have no quick kernel with dropout
         for kept in (module._parameters, module._buffers) if fake else ():
-            kept.update({name: type(t)(mode.from_tensor(t)) if isinstance(t, torch.nn.Parameter) else mode.from_tensor(t)
-                         for name, t in kept.items() if t is not None})
+            kept.update({name: torch.nn.Parameter(mode.from_tensor(t)) if kept is module._parameters else
+                         mode.from_tensor(t) for name, t in kept.items() if t is not None})
     K, hidden = args.sentences_per_picture, max(1, round(0.15 * (words - 2)))
     sizes = torch.tensor([[height, width]] * pictures)  # a real tensor: the host reads it
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some releases of torch do not count it

@@ -90,6 +90,7 @@ def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabula
         targets.append(target)
     places = (labels.flatten() >= 0).nonzero()[:, 0]
     return {"images": images, "sizes": torch.tensor(sizes), "tokens": tokens, "captions": captions,
-            "mlm_places": places, "mlm_words": labels.flatten()[places], "itm_labels": torch.randint(0, 2, (B, K), generator=g),
+            "mlm_places": places, "mlm_words": labels.flatten()[places],
+            "itm_labels": torch.randint(0, 2, (B, K), generator=g),
             "no_sentence": torch.tensor([b == 1 for b in range(B)]), "targets": targets, "index": list(range(B)),
             "broken": []}

@@ -306,9 +306,9 @@ def test_the_plans_flops_are_three_times_the_walks():
 
 
 def test_the_plan_is_printed_and_nothing_is_written(command, tmp_path):
-    said = ok(command("pretrain.py", "--plan", "--backbone", "r18", "--gpus", "8", "--micro-batch", "2", "--short-sides",
-                      "64", "96", "--long-side", "160", "--encoder-layers", "2", "--data", f"{tmp_path}/none",
-                      "--output", f"{tmp_path}/out"))
+    said = ok(command("pretrain.py", "--plan", "--backbone", "r18", "--gpus", "8", "--micro-batch", "2",
+                      "--short-sides", "64", "96", "--long-side", "160", "--encoder-layers", "2",
+                      "--data", f"{tmp_path}/none", "--output", f"{tmp_path}/out"))
     with torch.device("meta"):
         parameters = count_parameters(E2EVLP(Config(backbone="r18", encoder_layers=2)))
     assert f"{parameters / 1e6:.1f} M parameters" in said and "8 GPU(s) x 2 part(s) x 2" in said
