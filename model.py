@@ -311,13 +311,16 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions, mask):
+    def forward(self, x, positions, mask, outputs=None):
+        """x, positions (B, S, D); mask (B, S) or None; outputs: how many of the S are wanted, the first ones (all)."""
         # Positions go to queries and keys but not to values: they decide who looks at whom; what is carried along is
         # content alone. And they go in at each layer, because post-norm layers soon wash out what was added once.
         # How can a box be told from that? What is carried along depends on who looks where, and the zeros around the
         # input of each convolution of the ResNet leave traces of the place in the content itself.
         where = x + positions
-        x = self.norm1(x + self.dropout(self.attention(where, self.attention.keys_values(where, x), mask)))
+        seen = self.attention.keys_values(where, x)
+        x, where = x[:, :outputs], where[:, :outputs]
+        x = self.norm1(x + self.dropout(self.attention(where, seen, mask)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -458,11 +461,12 @@ class E2EVLP(nn.Module):
         mask = mask.flatten(1) if is_padded(images, sizes) else None  # (B, S)
         return Memory(grid.flatten(2).transpose(1, 2), positions, mask)
 
-    def encode(self, grid, tokens=None):
+    def encode(self, grid, tokens=None, outputs=None):
         """The cross-modal encoder over [CLS] w1 .. wm [SEP] o1 .. oS (section 3.1.2), or over the picture alone.
 
         grid: Memory of B pictures; tokens (B, T) int64 padded with config.pad, or None. Returns the Memory of T + S
-        (or S) states; with tokens, states[:, 0] is [CLS] and states[:, :T] the words.
+        (or S) states; with tokens, states[:, 0] is [CLS] and states[:, :T] the words. outputs: only so many states are
+        asked for, the first ones, and the last layer does not compute the others.
         """
         x, positions, mask = grid.states, grid.positions, grid.mask
         if tokens is not None:
@@ -473,8 +477,12 @@ class E2EVLP(nn.Module):
             positions = torch.cat([torch.zeros_like(words), positions], dim=1)
             mask = torch.cat([there, cells], dim=1)                   # (B, T + S)
         for layer in self.encoder:
-            x = run(layer, x, positions, mask, recompute=self.recompute)
-        return Memory(x, positions, mask)
+            x = run(layer, x, positions, mask, outputs if layer is self.encoder[-1] else None, recompute=self.recompute)
+        return Memory(x, positions[:, :outputs], None if mask is None else mask[:, :outputs])
+
+    def read(self, grid, tokens):
+        """(B, D): [CLS] after the encoder, from which the classifiers of section 5.1 judge sentence and picture."""
+        return self.encode(grid, tokens, outputs=1).states[:, 0]
 
     def guess_words(self, states):
         """MLM: encoder states (M, D) of hidden words -> logits (M, V). The output matrix is the token embedding's."""
@@ -556,14 +564,14 @@ class E2EVLP(nn.Module):
 
     def answer_questions(self, grid, tokens):
         """VQA: logits (B, answers); several answers may be right, so each has its own sigmoid."""
-        return self.answer(self.encode(grid, tokens).states[:, 0])
+        return self.answer(self.read(grid, tokens))
 
     def judge_statements(self, grid, tokens):
         """NLVR2: logits (B, 2), 1 = true. grid: 2 B pictures, first each statement's left one, then the right ones.
 
         Each statement is read with one picture at a time, by the same weights; both [CLS] together decide.
         """
-        states = self.encode(grid, tokens.repeat(2, 1)).states[:, 0]  # (2 B, D)
+        states = self.read(grid, tokens.repeat(2, 1))  # (2 B, D)
         return self.pair(torch.cat(states.chunk(2), dim=-1))
 
     def similarity(self, grid, tokens):
@@ -572,7 +580,7 @@ class E2EVLP(nn.Module):
         Not the probability itself: of a trained model's pairs many have one that rounds to 1, and ties cannot be
         ranked. The head runs in float32 in any case: bf16 has so few digits that thousands of pairs would be equal.
         """
-        states = self.encode(grid, tokens).states[:, 0]
+        states = self.read(grid, tokens)
         with torch.autocast(states.device.type, enabled=False):
             logits = self.itm(states.float())
         return logits[:, 1] - logits[:, 0]

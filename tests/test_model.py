@@ -290,6 +290,19 @@ def test_a_batch_without_padding_is_not_masked(monkeypatch):
 # What may see what
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_states_that_are_asked_for_are_those_of_all(layers):
+    """The classifiers ask for [CLS] alone: the last layer computes no other, and it comes out the same."""
+    model, batch = small_model(encoder_layers=layers), small_batch()
+    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:, 0]
+    every = model.encode(grid, tokens)
+    for n in (1, 4):
+        few = model.encode(grid, tokens, outputs=n)
+        torch.testing.assert_close(few.states, every.states[:, :n], rtol=1e-5, atol=1e-6)
+        assert torch.equal(few.positions, every.positions[:, :n]) and torch.equal(few.mask, every.mask[:, :n])
+    torch.testing.assert_close(model.read(grid, tokens), every.states[:, 0], rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_later_word_never_changes_an_earlier_output():
     model, batch = small_model(), small_batch(T=9)
