@@ -180,18 +180,18 @@ class Backbone(nn.Module):
             # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
             mask = mask[:, ::2, ::2]
             levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
-        masks = levels if padded else None  # a batch without padding pays nothing
+        self._masks = masks = levels if padded else None  # a batch without padding pays nothing
 
         def masked(block, x):
-            self._masks = masks  # here, since the backward pass may come back to it
+            self._masks = masks  # again: the backward pass may come back to the block when they are gone
             return block(x)
 
         net = self.resnet
-        x = masked(lambda x: net.maxpool(net.relu(net.bn1(net.conv1(x)))), x)  # (B, 64, H0 / 4, W0 / 4)
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):   # each but the first halves the sides
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))                      # (B, 64, H0 / 4, W0 / 4)
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):  # each but the first halves the sides
             for block in stage:
                 x = run(masked, block, x, recompute=recompute and self.frozen)
-        self._masks = None                                                     # (B, C, H0 / stride, W0 / stride)
+        self._masks = None                                                    # (B, C, H0 / stride, W0 / stride)
         assert x.shape[-2:] == mask.shape[-2:]
         return self.project(x), mask
 
@@ -338,6 +338,10 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = nn.Dropout(config.dropout)
 
+    def seen(self, memory):
+        """Keys and values of an encoding, for cross-attention."""
+        return self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
+
     def forward(self, x, query_positions, memory, causal=False, cache=None):
         """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
         # Each side has positions of its own, again for queries and keys only: query_positions (learned for object
@@ -349,12 +353,7 @@ class DecoderLayer(nn.Module):
                 own = tuple(torch.cat([old, new], dim=2) for old, new in zip(cache["own"], own))
             cache["own"], causal = own, False  # the newest word may see all there is
         x = self.norm1(x + self.dropout(self.self_attention(where, own, causal=causal)))
-        if cache is None:
-            seen = self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
-        else:  # the encoding does not change from word to word
-            if "seen" not in cache:
-                cache["seen"] = self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
-            seen = cache["seen"]
+        seen = self.seen(memory) if cache is None else cache["seen"]  # the encoding is the same from word to word
         x = self.norm2(x + self.dropout(self.cross_attention(x + query_positions, seen, memory.mask)))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
@@ -599,13 +598,15 @@ class E2EVLP(nn.Module):
         c = self.config
         B, device = memory.states.shape[0], memory.states.device
         longest = (max_tokens or c.max_tokens) - 1
-        memory = memory.repeat(beam)                                              # row b * beam + j: beam j of b
         words = torch.full((B * beam, 1), c.cls, device=device)
         # At first all beams of a picture are alike: only the first may go on, else they would stay alike.
         scores = torch.full((B, beam), -math.inf, device=device)
         scores[:, 0] = 0
         never = torch.tensor(sorted({c.pad, c.cls, c.mask}), device=device)       # no caption has these
-        caches = [{} for _ in self.decoder] if cache else None
+        # Keys and values of the cells: once for a picture, then repeated, not once for each of its beams
+        caches = [{"seen": tuple(t.repeat_interleave(beam, dim=0) for t in layer.seen(memory))}
+                  for layer in self.decoder] if cache else None
+        memory = memory.repeat(beam)                                              # row b * beam + j: beam j of b
         finished = [[] for _ in range(B)]                                         # pairs (score, words)
         done = [False] * B
         for length in range(1, longest + 1):

@@ -951,7 +951,7 @@ def similarities(args, backbone):
     model, n = ours(args, backbone=backbone), 8
     pictures, tokens = [pixels(args, 800, 1333) for _ in range(2)], sentences(args, n)
 
-    def backbone():
+    def grids_alone():
         return [model.encode_picture(*picture) for picture in pictures]
 
     def encoder():
@@ -962,10 +962,10 @@ def similarities(args, backbone):
         return [model.similarity(model.encode_picture(images.repeat(n, 1, 1, 1), sizes.repeat(n, 1)), tokens)
                 for images, sizes in pictures]
 
-    grids = backbone()
+    grids = grids_alone()
     for found, expected in zip(encoder(), from_pixels()):
         torch.testing.assert_close(checked(found, n), expected, rtol=1e-3, atol=1e-4)
-    once, pair, whole = medians(args, backbone, encoder, from_pixels)
+    once, pair, whole = medians(args, grids_alone, encoder, from_pixels)
     pairs = n * len(pictures)
     return row(f"retrieval/{backbone}", once / len(pictures) / 5000 + pair / pairs, whole / pairs, "s a pair", 8,
                f"{backbone} + 12 layers, 800 x 1333; a 5,000th of the backbone ({once / len(pictures):.2f} s) and the "
