@@ -132,14 +132,6 @@ def add_keeping_flags(g):
     g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
 
 
-def add_plan_flags(g):
-    g.add_argument("--plan", action="store_true", help="train nothing; print what this run would take")
-    g.add_argument("--gpus", type=int, default=1, metavar="N", help="plan: GPUs in all, over all hosts")
-    g.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="plan: memory of one")
-    g.add_argument("--gpu-tflops", type=float, default=100, metavar="TFLOPS",
-                   help="plan: what one sustains in training, not its peak (log.jsonl's pictures_per_second tells)")
-
-
 def parse(argv):
     """Flags. Three layers of defaults: the paper's, then --mini's or the resumed run's, then what is given."""
     parser = argparse.ArgumentParser(usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
@@ -173,11 +165,16 @@ def parse(argv):
     g.add_argument("--output", default="runs/pretrain", metavar="DIR",
                    help="folder for log.jsonl, last.pt, report.html and sheet.png")
     add_keeping_flags(g)
-    add_plan_flags(parser.add_argument_group("plan"))
     g.add_argument("--val-every", type=int, default=5000, metavar="STEPS",
                    help="steps between two validations; 0: only one, at the end")
     g.add_argument("--val-pictures", type=int, default=1000, metavar="N",
                    help="held-out pictures to measure on, at most")
+    g = parser.add_argument_group("plan")
+    g.add_argument("--plan", action="store_true", help="train nothing; print what this run would take")
+    g.add_argument("--gpus", type=int, default=1, metavar="N", help="in all, over all hosts")
+    g.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one")
+    g.add_argument("--gpu-tflops", type=float, default=100, metavar="TFLOPS",
+                   help="what one sustains in training, not its peak (a log's pictures_per_second tells)")
     chosen = parser.parse_args(argv)
     state = None
     if chosen.resume:
