@@ -3,6 +3,7 @@
     python pretrain.py --mini                                                # a laptop: the miniature world, 20 minutes
     python pretrain.py --backbone r50 --data DIR                             # one GPU
     torchrun --nproc_per_node=8 pretrain.py --backbone r152 --data DIR       # the paper's run; its settings are default
+    python pretrain.py --plan --backbone r152 --gpus 8                       # what that takes; trains nothing
 
 What it writes to --output: log.jsonl (a line every few steps and at each validation), last.pt (weights, configuration,
 vocabulary, optimiser: all that is needed to use it or go on), report.html (curves, measures, held-out pictures, for a
