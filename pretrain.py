@@ -647,8 +647,9 @@ def step_cost(config, args, pictures, height, width, words=20, fake=True):
                          mode.from_tensor(t) for name, t in kept.items() if t is not None})
     K, hidden = args.sentences_per_picture, max(1, round(0.15 * (words - 2)))
     sizes = torch.tensor([[height, width]] * pictures)  # a real tensor: the host reads it
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some releases of torch do not count it
-    formulas = {attention: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    # Some releases of torch do not count the CPU's quick attention
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+                    lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
                     lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
     with mode:
@@ -674,10 +675,11 @@ def plan(args):
 
     The pictures' number and sizes are --data's, or if nothing is there 180,000 of 480 x 640 pixels.
     """
-    there = os.path.exists(f"{args.data}/vocab.txt")
+    vocabulary = args.vocab or f"{args.data}/vocab.txt"
+    there = os.path.exists(vocabulary)
     data = index_pretraining(args.data, args.sets, args.index) if there else None
     if there:
-        config = config_of(args, Tokenizer(args.vocab or f"{args.data}/vocab.txt"), data["names"])
+        config = config_of(args, Tokenizer(vocabulary), data["names"])
         shapes_of, number = np.asarray(data["train"].sizes), len(data["train"])
     else:
         config = Config(**{flag: getattr(args, flag) for flag in MODEL_FLAGS},
