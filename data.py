@@ -10,6 +10,7 @@ anywhere, on any number of loader workers or processes, and each picture is stil
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import glob
@@ -17,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,9 +27,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -107,6 +111,15 @@ class Picture:
     sentences: list = field(default_factory=list)
     coco: tuple = None        # (boxes, labels (n,) int64), or None where COCO has not annotated it
     vg: tuple = None          # (boxes, labels, attributes: a tuple of numbers for each box), or None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around what writes a file: a full disk and the like become an InputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or give another place") from None
 
 
 def read_json(path, purpose):
@@ -1211,11 +1224,111 @@ class Batches(torch.utils.data.Sampler):
 # Processes: everything works with plain `python` too, where the rank is 0 of 1 and no collective is called
 
 
-def start_processes(device):
+class Watch(threading.Thread):
+    """Sees to it that no process waits for ever for another one that has died or hangs.
+
+    By itself a collective waits half an hour or more, and does not say for whom. So each process tells the others once
+    a second, through the store that they met at, how often it has told it (a process that is gone or frozen does not
+    go on), how many `marks` its main thread has made, and whether that waits in a collective. When one has been silent,
+    or all have been without a new mark, for `limit` seconds, each process says which ones they are, and ends.
+    """
+
+    def __init__(self, store, rank, world, limit):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+        self.beats = self.marks = 0
+        self.waiting = self.over = False
+        self.news = {other: (None, None, time.monotonic()) for other in range(world) if other != rank}
+        self.tell()
+
+    def tell(self):
+        self.beats += 1
+        self.store.set(f"watch/{self.rank}", f"{self.beats} {self.marks} {int(self.waiting)}")
+
+    def listen(self):
+        """What is new of the others: self.news[rank] = (beats, (marks, waiting), when the beats last changed)."""
+        for other, (beats, _, since) in self.news.items():
+            if self.store.check([f"watch/{other}"]):
+                told, *rest = map(int, self.store.get(f"watch/{other}").split())
+                self.news[other] = told, rest, since if told == beats else time.monotonic()
+
+    def silent(self, seconds):
+        return [other for other, (*_, since) in self.news.items() if time.monotonic() - since > seconds]
+
+    def run(self):
+        before, changed, heard = None, time.monotonic(), 0.0
+        while not self.over:
+            time.sleep(min(1.0, self.limit / 20))
+            try:
+                self.tell()
+                if time.monotonic() - heard < self.limit / 20:  # many processes need not ask each other every second
+                    continue
+                self.listen()
+            except (RuntimeError, ValueError):  # the store has gone with the process that held it
+                pass
+            heard = time.monotonic()
+            now = [self.marks, *(rest and rest[0] for _, rest, _ in self.news.values())]
+            if now != before:
+                before, changed = now, heard
+            silent = self.silent(self.limit)
+            if self.over:
+                return
+            if silent:
+                self.end(silent, f"has not answered for {self.limit:.0f} s (--timeout)")
+            if heard - changed > self.limit:  # who is not waiting for the others is whom they wait for
+                told = {self.rank: (self.marks, self.waiting)}
+                told.update((other, rest) for other, (_, rest, _) in self.news.items() if rest)
+                busy = {other: marks for other, (marks, waiting) in told.items() if not waiting} or {
+                    other: marks for other, (marks, _) in told.items()}
+                self.end([other for other, marks in busy.items() if marks == min(busy.values())],
+                         f"has come no further for {self.limit:.0f} s (--timeout)")
+
+    def end(self, ranks, what):
+        """Say which processes keep the others waiting, and end this one, whose main thread may be deep in a wait."""
+        print(f"rank {self.rank}: rank {', '.join(map(str, sorted(ranks)))} {what}; this process ends", file=sys.stderr,
+              flush=True)
+        for child in multiprocessing.active_children():  # loader workers, which would only notice after a while
+            child.kill()
+        os._exit(1)
+
+    def lost(self):
+        """After a collective has failed: the ranks that are gone. Takes three seconds, in which the others may tell."""
+        try:
+            self.listen()
+            time.sleep(3)
+            self.listen()
+        except (RuntimeError, ValueError):
+            return [0]  # which held the store, unless torchrun did
+        return self.silent(2.9)
+
+
+watch = None  # this process's Watch, if it is one of several
+
+
+@contextlib.contextmanager
+def waiting():
+    """Around a collective, for the Watch."""
+    if watch is not None:
+        watch.waiting = True
+    yield
+    if watch is not None:
+        watch.waiting = False
+        watch.marks += 1
+
+
+def progressed():
+    """Tell the Watch that this process is not stuck: called between two steps of what takes long."""
+    if watch is not None:
+        watch.marks += 1
+
+
+def start_processes(device, minutes=30.0):
     """Join torchrun's processes, if there are any: (rank, number of processes, this process's device).
 
-    device: cpu, cuda, cuda:N or mps. One that is not there is an InputError, before anything is read.
+    device: cpu, cuda, cuda:N or mps. One that is not there is an InputError, before anything is read. minutes: how long
+    one process may keep the others waiting (see Watch).
     """
+    global watch
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device.startswith("cuda"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -1244,14 +1357,23 @@ def start_processes(device):
     rank = int(os.environ["RANK"])
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=minutes))))
+    # The Watch has a connection of its own: the other one is busy while a collective waits. It decides who waited too
+    # long; torch's own limit, which counts what takes long but does go on as well, is out of its way.
+    watch = Watch(store.clone(), rank, world, 60 * minutes)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", store),
+                            rank=rank, world_size=world, timeout=timedelta(days=1))
+    watch.start()
     return rank, world, device
 
 
 def stop_processes(world):
     """Wait for all, so that none is still writing when torchrun returns, and leave."""
+    global watch
     if world > 1:
-        dist.barrier()
+        with waiting():
+            dist.barrier()
+        watch.over, watch = True, None
         dist.destroy_process_group()
 
 
@@ -1260,8 +1382,9 @@ def summed(values, world, device):
     if world == 1:
         return [float(value) for value in values]
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
+    with waiting():
+        dist.all_reduce(values)
+        return values.tolist()
 
 
 def gathered(value, world):
@@ -1269,7 +1392,8 @@ def gathered(value, world):
     values = [value]
     if world > 1:
         values = [None] * world
-        dist.all_gather_object(values, value)
+        with waiting():
+            dist.all_gather_object(values, value)
     return values
 
 
@@ -1284,6 +1408,10 @@ def attempt(function, world):
     except InputError as error:
         # From a loader's worker comes a whole traceback as text; our own line stands at its end.
         problem = str(error).rsplit("InputError: ", 1)[-1].strip()
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        problem = "a loader process was killed, most often for want of memory; give fewer --workers"
     for text in filter(None, gathered(problem, world)):
         raise InputError(text)
     return result
@@ -1382,6 +1510,14 @@ def command(script, work):
             return 128 + signal.SIGPIPE
         except InputError as error:
             code, says = 2, f"{script}: {error}"
+            if stop.saved:
+                says += (f"\n{script}: the last checkpoint is of step {stop.saved[0]}; go on with: "
+                         f"{launch(script, ['--resume', stop.saved[1]])}")
+        except RuntimeError:  # of a collective, where another process is gone; else it is our own fault
+            ranks = watch.lost() if watch is not None else []
+            if not ranks:
+                raise
+            watch.end(ranks, "has ended")
         except Stopped:
             code, says = 128 + stop.number, f"{script}: stopped by {stop.NAMES[stop.number]}"
             if stop.saved:

@@ -66,6 +66,7 @@ from data import (
     normalise_answer,
     pad_pictures,
     pad_tokens,
+    progressed,
     read_json,
     read_vg,
     resized,
@@ -73,6 +74,7 @@ from data import (
     start_processes,
     stop_processes,
     to_pixels,
+    writing,
 )
 from matcher import hungarian_match
 from model import E2EVLP, TASKS, load_checkpoint
@@ -284,6 +286,7 @@ def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", bat
     # Pictures of like shape together; which picture is in which batch changes nothing but the padding.
     mine = sorted(range(rank, len(pictures), world), key=lambda i: pictures[i].size[1] / pictures[i].size[0])
     for at in range(0, len(mine), batch_size):
+        progressed()
         numbers = mine[at:at + batch_size]
         batch = [pictures[i] for i in numbers]
         images, sizes = pad_pictures([
@@ -953,6 +956,7 @@ def answer_share(task, model, tokenizer, names, examples, groups, *, short, long
         every = [tokenizer.encode(sentence) for e in examples for sentence in e.sentences]
         order = sorted(range(len(every)), key=lambda i: len(every[i]))  # like lengths together, so little is padded
     for at in tqdm(range(0, len(groups), batch_size), task, disable=None if show else True, leave=False):
+        progressed()
         part = groups[at:at + batch_size]
         numbers = [i for group in part for i in group]
         sides = range(len(examples[numbers[0]].files))
@@ -964,6 +968,7 @@ def answer_share(task, model, tokenizer, names, examples, groups, *, short, long
                 for j, i in enumerate(numbers):
                     row = torch.empty(len(every))
                     for start in range(0, len(every), 256):  # the backbone ran once; each pair goes through the encoder
+                        progressed()
                         chosen = order[start:start + 256]
                         tokens = pad_tokens([[every[c]] for c in chosen], tokenizer.pad)[:, 0].to(device)
                         one = grid.rows(torch.full((len(chosen),), j, device=device))
@@ -1244,12 +1249,11 @@ def write_safely(path, content):
     plain = not os.path.exists(path) or os.path.isfile(path)  # /dev/stdout is none, and is not to be replaced
     temporary = f"{path}.{os.getpid()}.tmp" if plain else path
     try:
-        with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-        if plain:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be written ({error.strerror}); make room, or give another place") from None
+        with writing(name):
+            with open(temporary, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
+            if plain:
+                os.replace(temporary, path)
     finally:
         if plain and os.path.exists(temporary):
             os.remove(temporary)

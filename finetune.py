@@ -19,7 +19,6 @@ finishes the step, writes last.pt and says how to go on.
 
 import argparse
 import functools
-import json
 import math
 import os
 import sys
@@ -48,6 +47,7 @@ from data import (
     gathered,
     ignore_signals,
     index_task,
+    progressed,
     read_json,
     say_first,
     start_processes,
@@ -61,15 +61,20 @@ from model import E2EVLP, TASKS, load_checkpoint, load_weights, save_checkpoint
 from pretrain import (
     MINI_MODEL,
     MODEL_FLAGS,
+    Output,
+    Statistics,
     add_keeping_flags,
     add_loading_flags,
     add_loop_flags,
     add_model_flags,
+    check_bad_steps,
     check_flags,
-    clear_output,
+    check_resumed,
     config_of,
     divide_batch,
-    set_up_speed,
+    report_bad_step,
+    resumable,
+    set_up,
     share_done,
     time_left,
     to_device,
@@ -141,11 +146,15 @@ def parse(argv):
     g.add_argument("--val-examples", type=int, default=0, metavar="N",
                    help="validate on the first ones only; 0: all (default: 0, retrieval's 200)")
     args = parser.parse_args(argv)
-    if args.resume:
-        state = load_checkpoint(args.resume, "--resume")
-        if "optimizer" not in state or not state["config"].task:
-            raise InputError(f"--resume {args.resume}: not a fine-tuning's last.pt, which alone can be resumed")
-        parser.set_defaults(**{**state["args"], "output": os.path.dirname(args.resume) or "."})
+    if args.task:
+        parser.set_defaults(output=f"runs/{args.task}", **DEFAULTS[args.task])
+        if args.mini:
+            mini_preset(parser, args.task, args.init)
+    if args.resume == "auto" and not args.task:
+        raise InputError("--resume auto: give --task and --init too, as for a new run")
+    path, state = resumable(args.resume, parser.parse_args(argv).output, fine_tuning=True)
+    if path:
+        parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
         args = parser.parse_args(argv)
         for flag in (*FIXED, "task", "init", "batch_size", "sentences_per_picture", "weight_decay", "dropout", "seed",
                      "answers", "text"):
@@ -158,14 +167,12 @@ def parse(argv):
     elif not args.task or not args.init:
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume")
     else:
-        task, init = args.task, args.init
-        parser.set_defaults(output=f"runs/{task}", **DEFAULTS[task])
-        if args.mini:
-            mini_preset(parser, task, init)
+        init = args.init
         if init != "none":  # the model is the file's: a flag that is given can only agree with it, see `build`
             parser.set_defaults(**dict.fromkeys((*FIXED, "backbone_weights", "vocab")))
         args = parser.parse_args(argv)
         state = None if init == "none" else load_checkpoint(init, "--init")
+    args.resume = path
     check_flags(args)
     if args.val_every <= 0:
         raise InputError(f"--val-every {args.val_every}: must be more than 0")
@@ -322,9 +329,10 @@ def read_answers(path):
 
 def train(args, state, stop):
     """stop: data.Stopping, for Ctrl-C."""
-    rank, world, device = start_processes(args.device)
+    rank, world, device = start_processes(args.device, args.timeout)
     say = say_first(rank)
     share, parts = divide_batch(args, world)
+    check_resumed(args, state if args.resume else None, world)
     if args.task == "flickr30k" and share // parts <= args.negatives:
         raise InputError(f"--negatives {args.negatives}: are drawn from what a process holds at once, {share // parts} "
                          "pictures; choose fewer, or a larger --batch-size or --micro-batch")
@@ -353,7 +361,7 @@ def train(args, state, stop):
                 or name.startswith("sentence") and args.text == "none" and args.task == "detection"):
             parameter.requires_grad_(False)
     model.to(device)
-    set_up_speed(model, args)
+    set_up(model, args)
     groups = {"rest": [], "head": [], "backbone": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -372,8 +380,8 @@ def train(args, state, stop):
     if args.resume:
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["seconds"]
-        if os.path.exists(f"{args.output}/best.pt"):
-            best = load_checkpoint(f"{args.output}/best.pt")["best"]
+        if os.path.exists(f"{args.output}/best.pt"):  # else it has to be written again
+            best = state["best"]
     objective = Objective(model, args)
     if world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
@@ -399,30 +407,19 @@ def train(args, state, stop):
         say(f"{args.resume}: " + (f"has ended, at step {step}; more --steps, --epochs or --minutes would go on" if over
                                   else f"going on at step {step}"))
 
-    if rank == 0:
-        clear_output(args.output, step if args.resume else None, say)
-    log = os.path.join(args.output, "log.jsonl")
+    output = Output(args, state if args.resume else None, rank, world, stop, say)
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "words")}
     facts = run_facts("finetune.py", args.task, args, config, world, bool(args.resume))
     if rank == 0:
         write_report(args.output, facts)  # a run that is stopped before its first validation has one too
-    broken, seen, spent = set(), 0, before
+    broken, bad_steps = (set(state.get("broken", ())), state.get("bad_steps", 0)) if args.resume else (set(), 0)
+    seen, spent = 0, before
     started = logged = saved = time.time()
     next_val = state["next_val"] if args.resume else args.val_every
 
-    def write_log(line):
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def save(name, **more):
-        if rank == 0:
-            save_checkpoint(os.path.join(args.output, name), model, tokenizer.vocabulary, names, args=kept, step=step,
-                            seconds=spent, best=best, next_val=next_val, **more)
-
-    def save_last():
-        save("last.pt", optimizer=optimizer.state_dict())
-        stop.saved = step, os.path.join(args.output, "last.pt")
+    def save():
+        output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
+                    best=best, next_val=next_val, broken=sorted(broken), bad_steps=bad_steps)
 
     def show_progress(total):
         return tqdm(total=total, initial=step, disable=None if rank == 0 else True, unit="step")
@@ -432,18 +429,19 @@ def train(args, state, stop):
 
     def keep(scores, blind):
         nonlocal best
-        write_log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()},
+        output.log({"step": step, "epoch": step / batches.per_epoch, **{f"val_{k}": v for k, v in scores.items()},
                    **{f"blind_{k}": v for k, v in blind.items()},
                    "blind_examples": min(len(val), BLIND_EXAMPLES[args.task])})
         say(f"step {step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         mark = sum(scores[k] for k in BEST_BY[args.task])
         if mark > best:
             best = mark
-            save("best.pt", scores=scores)
+            save_checkpoint(os.path.join(args.output, "best.pt"), model, tokenizer.vocabulary, names, args=kept,
+                            step=step, best=best, scores=scores)
 
     def validate():
         nonlocal next_val
-        save_last()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
+        save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
         if bar.disable:
             say(f"step {step}/{bar.total}  validating on {len(val)} examples")
@@ -463,28 +461,34 @@ def train(args, state, stop):
         attempt(write, world)
         stop.hold()
         next_val += args.val_every
-        save_last()  # now with this validation done
+        save()  # now with this validation done
         to_training()
 
     if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with
         answer = targets.most_common(1)[0][0]
         scores = score([answer] * len(val))
         say(f"always {answer!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        write_log({"step": 0, "epoch": 0, **{f"habit_{k}": v for k, v in scores.items()}})
+        output.log({"step": 0, "epoch": 0, **{f"habit_{k}": v for k, v in scores.items()}})
 
     generator = torch.Generator()
+    statistics = Statistics(model)
     to_training()
     iterator = iter(loader)
     bar, stopping = show_progress(steps), 0
     done = share_done(step, steps, spent, args.minutes) >= 1
     stop.hold()
     while not done:
+        if step / batches.per_epoch >= next_val:  # here, so that a run that was stopped in it begins with it
+            validate()
+            bar = show_progress(bar.total)
+            logged, seen = time.time(), 0
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args, config) for batch in micro))]
-        *counts, examples_here, spent, new, stopping = summed(
-            [*local, sum(len(batch["tokens"]) for batch in micro), before + time.time() - started if rank == 0 else 0.0,
-             len(unknown), stop.number], world, device)
+        *counts, examples_here, spent, keeping, new, stopping = summed(
+            [*local, sum(len(batch["tokens"]) for batch in micro), *(
+                (before + time.time() - started, time.time() - saved > args.checkpoint_minutes * 60) if rank == 0 else
+                (0.0, 0.0)), len(unknown), stop.number], world, device)
         if stopping:  # before this step has changed anything: it is the first one of the run that goes on
             break
         if new:
@@ -500,6 +504,7 @@ def train(args, state, stop):
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)  # what is drawn depends on the step alone: --resume
         generator.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
         sums = {}
+        statistics.keep()
         for number, batch in enumerate(micro):
             if args.task == "flickr30k":  # never one's own, also where a picture stands in the batch twice
                 pictures = torch.tensor([batch["ids"].index(i) for i in batch["ids"]])
@@ -509,16 +514,20 @@ def train(args, state, stop):
             with objective.no_sync() if world > 1 and number < parts - 1 else torch.enable_grad():
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp == "bf16"):
                     named = objective(to_device(batch, device), counts)
+                progressed()  # what can wait for another process is the backward pass
                 total = sum(SET_WEIGHTS.get(name, 1.0) * value for name, value in named.items())
                 (total * world).backward()  # DDP takes the mean over processes; the counts are sums over them already
             for name, value in named.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.clip)
-        if not torch.isfinite(norm):
-            ids = sum(gathered([i for batch in micro for i in batch["ids"]], world), [])
-            raise InputError(f"step {step}: the gradient is not finite (examples {', '.join(map(str, ids))}); "
-                             "try a lower --lr")
-        optimizer.step()
+        finite = bool(torch.isfinite(norm))  # the same in each process: it is the norm of the sum over all
+        if finite:
+            optimizer.step()
+        else:
+            statistics.restore()
+            bad_steps += 1
+            report_bad_step(output, step, batches.per_epoch, sums, bad_steps, say, sum(gathered(
+                [i for batch in micro for i in batch["ids"]], world), []))
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + examples_here
         progress = share_done(step, steps, spent, args.minutes)
@@ -526,28 +535,25 @@ def train(args, state, stop):
         bar.update()
         done = progress >= 1
 
-        if step % args.log_every == 0 or step == 1 or done:  # the first: is it alive, how fast?
+        check_bad_steps(bad_steps, args, output, save)
+        if finite and (step % args.log_every == 0 or step == 1 or done):  # the first: is it alive, how fast?
             values = dict(zip(sums, summed([float(v) for v in sums.values()], world, device)))
             line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
                     "loss": sum(SET_WEIGHTS.get(k, 1.0) * v for k, v in values.items()), **values,
                     "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[2]["lr"],
                     "grad_norm": float(norm), "examples_per_second": seen / (time.time() - logged), "seconds": spent,
                     "broken": len(broken)}
-            write_log(line)
+            output.log(line)
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             if rank == 0 and bar.disable:
                 say(f"step {step}/{bar.total}  loss {line['loss']:.4f}  {line['examples_per_second']:.0f} examples/s  "
                     f"{time_left(before + time.time() - started, progress, args.minutes)}")
             logged, seen = time.time(), 0
-        if step / batches.per_epoch >= next_val and not done:
-            validate()
-            bar = show_progress(bar.total)
-            logged, seen = time.time(), 0
-        if time.time() - saved > args.checkpoint_minutes * 60:
-            save_last()
+        if keeping:
+            save()
             saved = time.time()
     if stopping:
-        save_last()
+        save()
         stop.together(world)
     if broken:
         say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")

@@ -23,6 +23,7 @@ import argparse
 import math
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -661,24 +662,56 @@ def count_parameters(model):
 # Checkpoints: weights, configuration and vocabulary in one file, so that nothing else is needed to use it
 
 
-def save_checkpoint(path, model, vocabulary, names, **more):
+def save_checkpoint(path, model, vocabulary, names, previous=None, **more):
     """Write a checkpoint: to a temporary name, to the disk, then renamed, so that `path` is always whole.
 
     vocabulary: list of word pieces; names: {"coco": [...], "vg": [...], "attributes": [...]}, what the outputs mean;
-    more: whatever a stage needs to go on (optimiser, step, random states), tensors and plain Python values only.
+    previous: the name that the checkpoint before this one gets, if it is to be kept; more: whatever a stage needs to go
+    on (optimiser, step, random states), tensors and plain Python values only. InputError if the disk is full.
     """
     state = {"format": "e2e-vlp 1", "model": model.state_dict(), "config": asdict(model.config),
              "vocabulary": vocabulary, "names": names, **more}
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"  # always the same, so that a killed run leaves one at most, which the next one replaces
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            link = f"{previous}.tmp"
+            if os.path.lexists(link):
+                os.remove(link)
+            try:
+                os.link(path, link)  # a second name, so that there is no moment without a file at `path`
+                os.replace(link, previous)
+            except OSError:  # a file system without links
+                os.replace(path, previous)
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the names, too
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # torch.save hides what the file said
+            raise
+        kept = "; what is there is whole" if os.path.exists(path) else ""
+        raise InputError(f"{path}: cannot be written ({cause.strerror}){kept}; make room") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def check_sums(path):
+    """Raise ValueError if a zip file, as torch.save writes them, is not what was written: a cut or flipped byte.
+
+    torch.load does not look: it would hand out other weights without a word.
+    """
+    with zipfile.ZipFile(path) as file:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+            raise ValueError("compressed")  # never by torch.save; a small file could unpack to any size
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"checksum of {damaged}")
 
 
 def load_file(path, flag):
@@ -688,9 +721,12 @@ def load_file(path, flag):
     if not os.path.isfile(path):
         raise InputError(f"{flag} {path}: no such file")
     try:
+        if zipfile.is_zipfile(path):  # else it is of the days before torch 1.6, as some weights of torchvision are
+            check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{flag} {path}: not a PyTorch file, or damaged ({type(error).__name__}); "
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise InputError(f"{flag} {path}: not a PyTorch file, or damaged ({reason}); "
                          "copy or download it again") from None
     if not isinstance(state, dict):
         raise InputError(f"{flag} {path}: holds a {type(state).__name__}, not a dictionary of tensors")

@@ -53,11 +53,13 @@ from data import (
     gathered,
     ignore_signals,
     index_pretraining,
+    progressed,
     resized,
     say_first,
     start_processes,
     stop_processes,
     summed,
+    writing,
 )
 from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
 from matcher import LOSS_WEIGHTS, count, set_loss
@@ -121,16 +123,57 @@ def add_loop_flags(g):
                    help="cpu, cuda, cuda:N, or mps on a Mac; default: cuda if there is one, else cpu")
     g.add_argument("--amp", choices=("none", "tf32", "bf16"), default="none",
                    help="mixed precision; tf32: of a GPU's matrix products alone (none leaves it to the convolutions)")
+    g.add_argument("--deterministic", action="store_true",
+                   help="only operations that give the same bits each time (a CPU's do; some of a GPU's get slower)")
     g.add_argument("--activation-checkpointing", action="store_true",
                    help="compute again in the backward pass instead of keeping: a fraction of the memory, a third more "
                    "time (without --backbone-weights the transformer alone)")
 
 
 def add_keeping_flags(g):
-    g.add_argument("--resume", metavar="FILE", help="go on from this last.pt, with its settings, in its folder")
+    g.add_argument("--resume", metavar="FILE",
+                   help="go on from this last.pt, with its settings, in its folder; auto: from the newest sound "
+                   "checkpoint in --output, or from the start if there is none")
     g.add_argument("--checkpoint-minutes", type=float, default=30, metavar="MINUTES",
-                   help="time between two checkpoints")
+                   help="time between two checkpoints; the last two are kept, last.pt and previous.pt")
+    g.add_argument("--max-bad-steps", type=int, default=10, metavar="N",
+                   help="steps with a loss that is not finite, which are skipped, before training stops")
+    g.add_argument("--timeout", type=float, default=30, metavar="MINUTES",
+                   help="how long one of several processes may keep the others waiting before they end")
     g.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="steps from line to line")
+
+
+def resumable(resume, output, fine_tuning=False):
+    """(path, state) of the checkpoint that --resume names; (None, None) if there is none to go on from.
+
+    auto: the newest sound one of --output, so that one and the same command starts a run and goes on with it. A damaged
+    one is named and passed over. InputError if all are damaged (to start anew is the user's choice), or a stranger.
+    """
+    if resume is None:
+        return None, None
+    both = [os.path.join(output if resume == "auto" else os.path.dirname(resume), name)
+            for name in ("last.pt", "previous.pt")]
+    damaged = []
+    for path in [path for path in both if os.path.lexists(path)] if resume == "auto" else [resume]:
+        try:
+            state = load_checkpoint(path, "--resume")
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        own = all(key in state for key in ("optimizer", "args", "step", "seconds"))
+        if not own or bool(state["config"].task) != fine_tuning:
+            raise InputError(f"--resume {path}: not a {'fine-tuning' if fine_tuning else 'pre-training'}'s last.pt, "
+                             "with its optimiser; only that can be resumed")
+        if damaged and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{damaged[0]}; passed over for {path}, of step {state['step']}", file=sys.stderr)
+        return path, state
+    if resume != "auto" and resume != both[1] and os.path.exists(both[1]):
+        damaged[-1] += f"; or give --resume {both[1]}, the one before it"
+    elif damaged and resume == "auto":
+        damaged[-1] += "; remove it, and what else is damaged, to start anew"
+    for problem in damaged[-1:]:
+        raise InputError(problem)
+    return None, None
 
 
 def parse(argv):
@@ -176,16 +219,15 @@ def parse(argv):
     g.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of one")
     g.add_argument("--gpu-tflops", type=float, default=100, metavar="TFLOPS",
                    help="what one sustains in training, not its peak (a log's pictures_per_second tells)")
-    chosen = parser.parse_args(argv)
-    state = None
-    if chosen.resume:
-        state = load_checkpoint(chosen.resume, "--resume")
-        if "optimizer" not in state:
-            raise InputError(f"--resume {chosen.resume}: holds no optimiser; only a run's own last.pt can be resumed")
-        parser.set_defaults(**{**state["args"], "output": os.path.dirname(chosen.resume) or "."})
-    elif chosen.mini:
-        mini_preset(parser)
     args = parser.parse_args(argv)
+    if args.mini:
+        mini_preset(parser)
+        args = parser.parse_args(argv)
+    path, state = resumable(args.resume, args.output)
+    if state is not None:
+        parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
+        args = parser.parse_args(argv)
+    args.resume = path
     args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     if state is not None:
         for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
@@ -200,9 +242,9 @@ def parse(argv):
 # Bounds of flags, for fine-tuning too: more than 0, and 0 or more
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip",
-            "gpus", "gpu_memory", "gpu_tflops")
+            "gpus", "gpu_memory", "gpu_tflops", "timeout")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
-                "max_broken", "val_every", "val_examples", "margin", "seed")
+                "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "margin", "seed")
 
 
 def check_flags(args):
@@ -256,30 +298,62 @@ def divide_batch(args, world):
                                                                              share // n <= args.micro_batch))
 
 
-def clear_output(folder, resumed, say):
-    """Move what an earlier run left in the folder out of the way.
+class Output:
+    """The folder of a run, which only its first process writes: log.jsonl, last.pt and the one before it, previous.pt.
 
-    resumed: the step that the run goes on from, or None for a new one. Lines of the log past that step belong to the
-    part that was lost; they go, since the run writes them anew.
+    What an earlier run left there is moved out of the way, nothing is overwritten.
     """
-    names = ("log.jsonl", "last.pt", "best.pt", "sheet.png", "report.html", "report.json")
-    left = [name for name in names if os.path.exists(os.path.join(folder, name))]
-    if resumed is not None:
-        log = os.path.join(folder, "log.jsonl")
-        if os.path.exists(log):
-            with open(log) as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= resumed]
-            with open(f"{log}.tmp", "w") as file:
-                file.writelines(lines)
-            os.replace(f"{log}.tmp", log)
-    elif left:
+
+    def __init__(self, args, state, rank, world, stop, say):
+        """state: the checkpoint that the run goes on from, args.resume its path; or both None."""
+        self.folder, self.rank, self.world, self.stop = args.output, rank, world, stop
+        self.file = os.path.join(args.output, "log.jsonl")
+        self.last, self.previous = (os.path.join(args.output, name) for name in ("last.pt", "previous.pt"))
+        left = [self.file, self.last, self.previous,
+                *(os.path.join(args.output, name) for name in ("best.pt", "sheet.png", "report.html", "report.json"))]
+        if state is not None:
+            stop.saved = state["step"], args.resume
+            if os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(args.output):
+                # The checkpoints that came after it, or from elsewhere; what came before it stays
+                left = {self.last: [], self.previous: [self.last]}.get(
+                    os.path.join(args.output, os.path.basename(args.resume)), [self.last, self.previous])
+        if rank == 0:
+            with writing(self.folder):
+                self.clear(left, state, say)
+
+    def clear(self, left, state, say):
+        left = [path for path in left if os.path.lexists(path)]
         number = 1
-        while os.path.exists(os.path.join(folder, f"earlier-{number}")):
+        while os.path.lexists(os.path.join(self.folder, f"earlier-{number}")):
             number += 1
-        os.mkdir(os.path.join(folder, f"earlier-{number}"))
-        for name in left:
-            os.rename(os.path.join(folder, name), os.path.join(folder, f"earlier-{number}", name))
-        say(f"{folder}: holds an earlier run; moved it to {folder}/earlier-{number}")
+        if left:
+            os.mkdir(os.path.join(self.folder, f"earlier-{number}"))
+        for path in left:
+            os.rename(path, os.path.join(self.folder, f"earlier-{number}", os.path.basename(path)))
+        if left:
+            what = "an earlier run" if state is None else ", ".join(map(os.path.basename, left))
+            say(f"{self.folder}: holds {what}; moved to {self.folder}/earlier-{number}")
+        if state is not None and os.path.exists(self.file):
+            # Lines that were written after the checkpoint belong to what was lost, and will be written anew
+            os.truncate(self.file, min(os.path.getsize(self.file), state.get("log_size", sys.maxsize)))
+
+    def log(self, line):
+        """Add a dictionary to log.jsonl."""
+        if self.rank == 0:
+            with writing(self.file), open(self.file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self, model, tokenizer, names, step, **more):
+        """Write last.pt; collective."""
+        def write():
+            if self.rank == 0:
+                with writing(self.file), open(self.file, "a") as file:  # what belongs to it is on the disk before it is
+                    os.fsync(file.fileno())
+                save_checkpoint(self.last, model, tokenizer.vocabulary, names, previous=self.previous, step=step,
+                                log_size=os.path.getsize(self.file), **more)
+
+        attempt(write, self.world)
+        self.stop.saved = step, self.last
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -351,10 +425,54 @@ def time_left(seconds, share, limit=0.0):
     return (f"{hours}:{minutes:02}" if hours else f"{minutes}") + f":{seconds % 60:02} left"
 
 
-def set_up_speed(model, args):
-    """What --amp and --activation-checkpointing need beside autocast."""
+def set_up(model, args):
+    """What --amp, --activation-checkpointing and --deterministic need beside autocast."""
     model.recompute = args.activation_checkpointing
     torch.set_float32_matmul_precision("high" if args.amp == "tf32" else "highest")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first matrix product
+    torch.use_deterministic_algorithms(args.deterministic)
+
+
+class Statistics:
+    """Keeps a copy of the means and variances of batch norm that trains: a forward pass that ends in a loss that is not
+    finite has changed them already, for good.
+    """
+
+    def __init__(self, model):
+        self.live = [] if model.config.frozen_batch_norm else list(model.buffers())
+        self.kept = [tensor.clone() for tensor in self.live]
+
+    def keep(self):
+        for kept, live in zip(self.kept, self.live):
+            kept.copy_(live)
+
+    def restore(self):
+        for kept, live in zip(self.kept, self.live):
+            live.copy_(kept)
+
+
+def report_bad_step(output, step, per_epoch, sums, number, say, pictures):
+    """Say and log a step that is skipped since its loss, or its gradient, is not finite; pictures: their names."""
+    losses = ", ".join(f"{name} {float(value):.3g}" for name, value in sums.items())
+    say(f"step {step}: not finite ({losses}), skipped; pictures {', '.join(map(str, pictures))}")
+    output.log({"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "bad_steps": number, "pictures": pictures})
+
+
+def check_bad_steps(number, args, output, save):
+    """Stop, with a checkpoint, once more than --max-bad-steps had to be skipped."""
+    if number > args.max_bad_steps:
+        save()
+        raise InputError(f"{number} steps with a loss that is not finite (--max-bad-steps {args.max_bad_steps}); "
+                         f"{output.file} names their pictures; try a lower --lr")
+
+
+def check_resumed(args, state, world):
+    """All processes must go on from the same step: a folder that the hosts do not share, or not yet, would mix two."""
+    steps = gathered(None if state is None else state["step"], world)
+    if len(set(steps)) > 1:
+        raise InputError(f"--resume {args.resume}: the processes find different checkpoints (steps "
+                         f"{', '.join(map(str, steps))}); --output must be a folder that all hosts share")
 
 
 def to_device(value, device):
@@ -372,9 +490,10 @@ def to_device(value, device):
 
 def train(args, state, stop):
     """stop: data.Stopping, for Ctrl-C."""
-    rank, world, device = start_processes(args.device)
+    rank, world, device = start_processes(args.device, args.timeout)
     say = say_first(rank)
     share, parts = divide_batch(args, world)
+    check_resumed(args, state, world)
 
     def first_process_prepares():
         if rank == 0:
@@ -403,7 +522,7 @@ def train(args, state, stop):
     names, config = data["names"], model.config
     args.pad = tokenizer.pad
     model.to(device)
-    set_up_speed(model, args)
+    set_up(model, args)
     backbone = list(model.backbone.resnet.parameters())
     ours = {id(p) for p in backbone}
     optimizer = torch.optim.AdamW([
@@ -443,27 +562,17 @@ def train(args, state, stop):
                                   else f"going on at step {step}"))
 
     # The run
-    if rank == 0:
-        clear_output(args.output, None if state is None else state["step"], say)
+    output = Output(args, state, rank, world, stop, say)
     weights = weights_of(args.without, args.loss_weights)
-    log = os.path.join(args.output, "log.jsonl")
-    broken = set()
+    broken, bad_steps = (set(state.get("broken", ())), state.get("bad_steps", 0)) if state else (set(), 0)
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad", "words")}
     facts = run_facts("pretrain.py", "pre-training", args, config, world, state is not None)
     if rank == 0:
         write_report(args.output, facts)  # a run that is stopped before its first validation has one too
 
-    def write_log(line):
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
     def save():
-        path = os.path.join(args.output, "last.pt")
-        if rank == 0:
-            save_checkpoint(path, model, tokenizer.vocabulary, names, args=kept, optimizer=optimizer.state_dict(),
-                            step=step, seconds=spent, validation_due=due)
-        stop.saved = step, path
+        output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
+                    validation_due=due, broken=sorted(broken), bad_steps=bad_steps)
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
 
@@ -478,7 +587,7 @@ def train(args, state, stop):
                 say(f"step {step}/{bar.total}  validating on {len(val)} pictures")
             measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
                                           amp=args.amp == "bf16", rank=rank, world=world, **size)
-            write_log({"step": step, "epoch": step / batches.per_epoch, **measures})
+            output.log({"step": step, "epoch": step / batches.per_epoch, **measures})
             bar.set_description()
         if rank == 0:
             write_report(args.output, facts, pretrained_gallery(
@@ -488,6 +597,7 @@ def train(args, state, stop):
         stop.hold()
         return measures
 
+    statistics = Statistics(model)
     model.train()
     iterator = iter(loader)
     bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
@@ -497,13 +607,18 @@ def train(args, state, stop):
     done = share_done(step, steps, spent, args.minutes) >= 1
     stop.hold()
     while not done:
+        if due:  # here, so that a run that was stopped in it begins with it
+            validate()
+            logged, seen = time.time(), 0
+
         # 1. The step's parts, and what their losses are divided by, summed over parts and processes. The first
         #    process's clock travels with the sums, so that all agree on when the time is over; and so does Ctrl-C.
         micro = attempt(lambda: [next(iterator) for _ in range(parts)], world)
         unknown = {name for batch in micro for name in batch["broken"]} - broken
         local = [sum(column) for column in zip(*(counts_of(batch, args) for batch in micro))]
-        *counts, spent, new, stopping = summed(
-            [*local, before + time.time() - started if rank == 0 else 0.0, len(unknown), stop.number], world, device)
+        *counts, spent, keep, new, stopping = summed(
+            [*local, *((before + time.time() - started, time.time() - saved > args.checkpoint_minutes * 60)
+                       if rank == 0 else (0.0, 0.0)), len(unknown), stop.number], world, device)
         if stopping:  # before this step has changed anything: it is the first one of the run that goes on
             break
         if new:  # by name, so that a picture that several processes met counts once
@@ -520,6 +635,7 @@ def train(args, state, stop):
         # 3. Forward and backward. Dropout is seeded by the step, so that a resumed run draws what it would have drawn.
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)
         sums = {}
+        statistics.keep()
         for number, batch in enumerate(micro):
             batch = to_device(batch, device)
             # Only the last part's backward needs to add up the gradients over the processes.
@@ -530,6 +646,7 @@ def train(args, state, stop):
                 named = losses(outputs, batch, counts, args)
                 # Eq. 3: L = L_mlm + L_itm + L_v + L_dec, where L_v = class + 5 L1 + 2 GIoU + attribute
                 total = sum(weights[name] * value for name, value in named.items())
+                progressed()  # what can wait for another process is the backward pass
                 # DDP takes the mean over processes; the counts are sums over them already.
                 (total * world).backward()
             for name, value in named.items():
@@ -537,12 +654,14 @@ def train(args, state, stop):
 
         # 4. Clip, look, step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        if not torch.isfinite(norm):  # the same in each process: it is the norm of the sum over all
-            seen = gathered([data["train"][i].name for batch in micro for i in batch["index"]], world)
-            raise InputError(f"step {step}: the gradient is not finite (losses "
-                             f"{ {k: round(float(v), 3) for k, v in sums.items()} }, pictures "
-                             f"{', '.join(sum(seen, []))}); try a lower --lr")
-        optimizer.step()
+        finite = bool(torch.isfinite(norm))  # the same in each process: it is the norm of the sum over all
+        if finite:
+            optimizer.step()
+        else:
+            statistics.restore()
+            bad_steps += 1
+            report_bad_step(output, step, batches.per_epoch, sums, bad_steps, say, sum(gathered(
+                [data["train"][i].name for batch in micro for i in batch["index"]], world), []))
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + args.batch_size
         progress = share_done(step, steps, spent, args.minutes)
@@ -551,7 +670,8 @@ def train(args, state, stop):
         done = progress >= 1
 
         # 5. Log, validate, keep.
-        if step % args.log_every == 0 or step == 1 or done:  # the first: is it alive, how fast?
+        check_bad_steps(bad_steps, args, output, save)
+        if finite and (step % args.log_every == 0 or step == 1 or done):  # the first: is it alive, how fast?
             keys = list(sums)
             values = dict(zip(keys, summed([float(sums[k]) for k in keys], world, device)))
             line = {"step": step, "epoch": round(step / batches.per_epoch, 4),
@@ -559,18 +679,15 @@ def train(args, state, stop):
                     "lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[1]["lr"],
                     "grad_norm": float(norm), "pictures_per_second": seen / (time.time() - logged),
                     "seconds": spent, "broken": len(broken)}
-            write_log(line)
+            output.log(line)
             bar.set_postfix(loss=f"{line['loss']:.2f}")
             if rank == 0 and bar.disable:
                 say(f"step {step}/{bar.total}  loss {line['loss']:.3f}  " + "  ".join(
                     f"{k[5:]} {v:.3f}" for k, v in values.items()) + f"  {line['pictures_per_second']:.0f} pictures/s"
                     f"  {time_left(before + time.time() - started, progress, args.minutes)}")
             logged, seen = time.time(), 0
-        due = not done and (due or args.val_every > 0 and step % args.val_every == 0)
-        if due:
-            validate()
-            logged, seen = time.time(), 0
-        if time.time() - saved > args.checkpoint_minutes * 60:
+        due = not done and args.val_every > 0 and step % args.val_every == 0
+        if keep:
             save()
             saved = time.time()
     spent = before + time.time() - started
