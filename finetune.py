@@ -441,7 +441,8 @@ def train(args, state, stop):
 
     def validate():
         nonlocal next_val
-        save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
+        if stop.saved != (step, output.last):
+            save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
         if bar.disable:
             say(f"step {step}/{bar.total}  validating on {len(val)} examples")

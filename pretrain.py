@@ -334,8 +334,9 @@ class Output:
             what = "an earlier run" if state is None else ", ".join(map(os.path.basename, left))
             say(f"{self.folder}: holds {what}; moved to {self.folder}/earlier-{number}")
         if state is not None and os.path.exists(self.file):
-            # Lines that were written after the checkpoint belong to what was lost, and will be written anew
-            os.truncate(self.file, min(os.path.getsize(self.file), state.get("log_size", sys.maxsize)))
+            size = state.get("log_size", math.inf)
+            if os.path.getsize(self.file) > size:  # lines about what was lost, which will be written anew
+                os.truncate(self.file, size)
 
     def log(self, line):
         """Add a dictionary to log.jsonl."""
@@ -578,7 +579,8 @@ def train(args, state, stop):
 
     def validate():
         nonlocal due
-        save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
+        if stop.saved != (step, output.last):
+            save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
         measures = {}
         if val:

@@ -67,7 +67,7 @@ def steps_of(log):
     return [(line["step"], line["seconds"]) for line in lines if "loss" in line]
 
 
-def judge(seen, steps):
+def judge(seen):
     """Rows (what, at the start, at the end, slope an hour, limit, flat?) of what was seen after the warm-up."""
     seen = [one for one in seen if one["hours"] >= WARM * seen[-1]["hours"]]
     hours = np.array([one["hours"] for one in seen])
@@ -113,7 +113,7 @@ def main():
     if process.returncode or not seen:
         sys.exit(f"the training ended with {process.returncode}; see {args.output}/soak.log")
     seen = [one for one in seen if one["processes"]]
-    rows = judge(seen, steps)
+    rows = judge(seen)
     print(f"{'':20} {'start':>9} {'end':>9} {'an hour':>9}")
     for key, first, last, slope, limit, flat in rows:
         print(f"{key:20} {first:9.2f} {last:9.2f} {slope:+8.2f}{'%' if 'CPU' in key else ' '}  "

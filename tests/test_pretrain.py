@@ -94,7 +94,7 @@ def test_a_second_run_moves_the_first_one_out_of_the_way(run, world, command, tm
     folder = tmp_path / "out"
     shutil.copytree(run[0], folder)
     said = ok(command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", 1))
-    assert f"moved it to {folder}/earlier-1" in said
+    assert f"holds an earlier run; moved to {folder}/earlier-1" in said
     assert sorted(os.listdir(folder / "earlier-1")) == sorted(os.listdir(run[0]))
     assert len(log(folder)[0]) == 1
 
@@ -416,11 +416,6 @@ def test_a_broken_validation_picture_is_said_and_left_out(command, copy):
     (copy / "coco" / "val2017" / name).write_bytes(b"\xff\xd8\xff half a picture")
     said = ok(command("pretrain.py", *TINY, "--data", copy, "--output", copy / "out", "--steps", "1"))
     assert f"{name}: cannot be decoded" in said and "On 3 held-out pictures" in said
-
-
-def test_a_loss_that_is_not_finite_names_its_pictures(command, world, tmp_path):
-    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--lr", "1e30", "--steps", "9"),
-          "the gradient is not finite", "coco ", "lower --lr")
 
 
 @pytest.mark.parametrize("flag,value", [("--width", "64"), ("--queries", "7"), ("--seed", "5")])
