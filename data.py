@@ -170,6 +170,7 @@ def stream(path, purpose):
                     if not more:
                         raise InputError(f"{path}: not valid JSON ({error}); it may be cut off, download it "
                                          "again") from None
+                    progressed()
                     bar.update(len(more))
                     part, at = part[at:] + more, 0
                     continue
@@ -778,6 +779,7 @@ def build_index(path, stem, data, read):
             if isinstance(items, list) and items and isinstance(items[0], (Picture, Example)):
                 size = functools.cache(size_of)  # VQA asks several questions about a picture
                 for item in tqdm(items, "sizes of pictures", disable=None, leave=False):
+                    progressed()
                     if item.size is None:
                         item.size = size(item.files[0])
                 lists[name] = Packed.write(f"{unfinished}/{name}", found.pop(name), data)
@@ -1083,6 +1085,27 @@ def pad_tokens(lists, pad):
     return torch.tensor([[tokens + [pad] * (longest - len(tokens)) for tokens in row] for row in lists])
 
 
+class Targets(list):
+    """A list of dicts, as matcher.set_loss takes it, whose tensors travel from a loader process joined together.
+
+    Each tensor that one process hands to another takes an open file in both until it is freed. One by one, boxes and
+    labels of some batches in advance, from several loader processes, are soon more than the usual limit of 1,024.
+    """
+
+    def __reduce__(self):
+        keys = {key for target in self for key in target} - {"source"}
+        joined = {key: torch.cat([t[key] for t in self if key in t]) for key in keys}
+        lengths = {key: [len(t[key]) if key in t else None for t in self] for key in joined}
+        return parted, ([t["source"] for t in self], joined, lengths)
+
+
+def parted(sources, joined, lengths):
+    """Undo Targets.__reduce__."""
+    parts = {key: iter(tensor.split([n for n in lengths[key] if n is not None])) for key, tensor in joined.items()}
+    return Targets({"source": source, **{key: next(parts[key]) for key in parts if lengths[key][b] is not None}}
+                   for b, source in enumerate(sources))
+
+
 def collate(items, pad):
     """Items of PretrainingSet -> a batch: images (B, 3, H, W) uint8, sizes (B, 2), tokens (B, K, T), mlm_places (M,):
     the hidden words' places in tokens.flatten(), mlm_words (M,): what they were, captions (B, K, Tc), itm_labels (B, K)
@@ -1097,7 +1120,7 @@ def collate(items, pad):
             "captions": pad_tokens([item["captions"] for item in items], pad),
             "itm_labels": torch.tensor([item["itm_labels"] for item in items]),
             "no_sentence": torch.tensor([item["no_sentence"] for item in items]),
-            "targets": [item["target"] for item in items], "index": [item["index"] for item in items],
+            "targets": Targets(item["target"] for item in items), "index": [item["index"] for item in items],
             "broken": [name for item in items for name in item["broken"]]}
 
 
@@ -1167,6 +1190,8 @@ def collate_task(items, pad):
         targets = torch.stack(targets)
     elif isinstance(targets[0], int):
         targets = torch.tensor(targets)
+    elif isinstance(targets[0], dict):
+        targets = Targets(targets)
     tokens = [tokens for item in items for tokens in item["tokens"]]
     return {"images": images, "sizes": sizes, "tokens": pad_tokens([[t] for t in tokens], pad)[:, 0],
             "picture": torch.tensor([n for n, item in enumerate(items) for _ in item["tokens"]]), "targets": targets,

@@ -1,8 +1,11 @@
 """What several tests share: a small miniature world, a small model, and running the commands as a user does."""
 
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -35,13 +38,47 @@ def weights(tmp_path_factory):
     return str(path)
 
 
+# Most of a small command's time is importing torch. So commands run in forks of one process that has imported all,
+# has done nothing yet, and is started once; with `launch` (torchrun) as real command lines.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "pretrain", "finetune", "evaluate"])
+
+
+def _work(script, words, cwd, environment, files):
+    """In the fork: become `python script words` with the files as stdin, stdout and stderr."""
+    for number, path in enumerate(files):
+        os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, "w" if number else "r", closefd=False) for number in range(3))
+    multiprocessing.set_start_method(None, force=True)  # the usual one, for loaders
+    os.chdir(cwd)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [script, *words]
+    sys.exit(importlib.import_module(script.removesuffix(".py")).main())
+
+
+def run_command(*words, launch=(), cwd=ROOT, stdin=os.devnull, timeout=300, **environment):
+    """Run a command line of the repository: run_command("pretrain.py", ...) -> CompletedProcess with text."""
+    words = list(map(str, words))
+    if launch:
+        words[0] = os.path.join(ROOT, words[0])
+        return subprocess.run([sys.executable, *launch, *words], cwd=cwd, text=True, capture_output=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(stdin), f"{folder}/out", f"{folder}/err"]
+        process = FORKS.Process(target=_work, args=(words[0], words[1:], str(cwd), environment, files))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(words, timeout)
+        out, err = (open(file).read() if os.path.exists(file) else "" for file in files[1:])
+    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+
 @pytest.fixture
 def command():
-    """Run a command line in the repository: command("pretrain.py", ...) -> CompletedProcess with text."""
-    def run(*words, launch=(), **environment):
-        return subprocess.run([sys.executable, *launch, *map(str, words)], cwd=ROOT, text=True, capture_output=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=300)
-    return run
+    return run_command
 
 
 def small_model(**changes):

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, small_model
+from conftest import TINY, run_command, small_model
 
 import evaluate
 import finetune
@@ -26,8 +24,7 @@ KEYS = {"vqa": {"overall", "yes/no", "number", "other"}, "nlvr2": {"accuracy", "
 
 
 def run(script, *words, launch=()):
-    done = subprocess.run([sys.executable, *launch, script, *map(str, words)], cwd=ROOT, text=True, capture_output=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_command(script, *words, launch=launch)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -63,7 +60,8 @@ def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_pat
     assert [line["step"] for line in steps] == [1, 2] and all(np.isfinite(line["loss"]) for line in steps)
     scores = {k[4:]: v for k, v in val.items() if k.startswith("val_")}
     assert set(scores) == KEYS[task]
-    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl", "report.html", "report.json"]
+    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl", "previous.pt", "report.html",
+                                             "report.json"]
     if task in ("vqa", "nlvr2"):
         head = {"vqa": "answer", "nlvr2": "pair"}[task]
         assert f"not in the checkpoint, starts anew: {head}.0.weight" in said
@@ -286,7 +284,7 @@ def test_splits_and_their_pictures(world):
 
 
 def fails(script, *words, says):
-    done = subprocess.run([sys.executable, script, *map(str, words)], cwd=ROOT, text=True, capture_output=True)
+    done = run_command(script, *words)
     assert done.returncode == 2, (done.stdout, done.stderr)
     lines = done.stderr.strip().splitlines()
     assert lines[-1].startswith(f"{script}: ") and says in lines[-1], lines

@@ -1,5 +1,6 @@
 """Stage 1 as a user runs it: the command lines at a tiny size, resume, several processes, full size, bad input."""
 
+import functools
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, small_batch, small_model
+from conftest import ROOT, TINY, run_command, small_batch, small_model
 from PIL import Image
 
 import pretrain
@@ -37,9 +38,7 @@ def ok(done):
 def run(world, tmp_path_factory):
     """A finished run of four steps: (its folder, what it printed)."""
     folder = str(tmp_path_factory.mktemp("run") / "out")
-    done = subprocess.run([sys.executable, "pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4",
-                           "--schedule", "step"], cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # other numbers of threads sum in another order
+    done = run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4", "--schedule", "step")
     return folder, ok(done)
 
 
@@ -106,14 +105,12 @@ def test_a_second_run_moves_the_first_one_out_of_the_way(run, world, command, tm
 @pytest.fixture(scope="module")
 def one_step(world, weights, tmp_path_factory):
     """The checkpoint and log after one step of total batch 4, run in some way."""
+    @functools.cache
     def step(*launch, **flags):
         folder = str(tmp_path_factory.mktemp("step") / "out")
         words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-        done = subprocess.run(
-            [sys.executable, *launch, "pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "1",
-             "--backbone-weights", weights, "--lr", "1e-4", "--lr-backbone", "1e-5", *words],
-            cwd=ROOT, text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        ok(done)
+        ok(run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "1", "--backbone-weights",
+                       weights, "--lr", "1e-4", "--lr-backbone", "1e-5", *words, launch=launch))
         return load_checkpoint(f"{folder}/last.pt"), log(folder)[0][0]
     return step
 
@@ -161,7 +158,7 @@ def test_two_hosts_train_and_measure_as_one_process(one_step, two_hosts, world, 
     assert log(f"{tmp_path}/out")[0][0]["grad_norm"] == pytest.approx(one_log["grad_norm"], rel=1e-5)
     evaluate = ["evaluate.py", "--checkpoint", f"{tmp_path}/out/last.pt", "--data", world, "--json"]
     two_hosts(*evaluate, f"{tmp_path}/two.json")
-    ok(subprocess.run([sys.executable, *evaluate, f"{tmp_path}/one.json"], cwd=ROOT, text=True, capture_output=True))
+    ok(run_command(*evaluate, f"{tmp_path}/one.json"))
     with open(tmp_path / "one.json") as a, open(tmp_path / "two.json") as b:
         measured, expected = json.load(b), json.load(a)
     assert measured.keys() == expected.keys()
@@ -171,8 +168,8 @@ def test_two_hosts_train_and_measure_as_one_process(one_step, two_hosts, world, 
 def test_two_processes_measure_what_one_does(run, command, tmp_path):
     shutil.copytree(run[0], tmp_path / "out")
     ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", launch=TORCHRUN))
-    first, second = log(tmp_path / "out")[1]
-    assert first == pytest.approx(second, abs=1e-6)
+    (one,), (two,) = log(run[0])[1], log(tmp_path / "out")[1]
+    assert one == pytest.approx(two, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------

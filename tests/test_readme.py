@@ -1,13 +1,15 @@
 """Each command of the README runs: as it stands there, with small data and a small model appended."""
 
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_command
 from PIL import Image
 
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
@@ -38,15 +40,15 @@ def test_every_command_runs(world, tmp_path):
     shutil.copy(picture, tmp_path / "a.jpg")
     Image.open(picture).save(tmp_path / "b.png")
     for words in found:
-        given = None
+        given = os.devnull
         if "runs/mini-nlvr2/best.pt" in words:  # vqa stands for the miniature's five fine-tunings
             shutil.copytree(tmp_path / "runs/nlvr2", tmp_path / "runs/mini-nlvr2")
         if words[0] == "cat":
             assert words[2] == "|"
-            given, words = open(tmp_path / words[1], "rb"), words[3:]
+            given, words = tmp_path / words[1], words[3:]
         if "pytest" in words:
             continue
-        launch = [sys.executable]
+        launch = []
         if words[0] == "torchrun":
             launch += ["-m", "torch.distributed.run"]
             if words[1].startswith("--nnodes"):
@@ -68,13 +70,10 @@ def test_every_command_runs(world, tmp_path):
             flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
         elif script == "shapes.py":
             flags += ["--train", "16", "--val", "2", "--test", "2"]
-        hosts = [subprocess.Popen([*launch, os.path.join(ROOT, script), *flags], cwd=tmp_path, text=True, stdin=given,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
-                 for _ in range(2 if "--nnodes=2" in launch else 1)]  # a command for two hosts is given on both
-        for host in hosts:
-            _, said = host.communicate(timeout=300)
-            assert host.returncode == 0, (words, said[-2000:])
+        run = functools.partial(run_command, script, *flags, launch=launch, cwd=tmp_path, stdin=given)
+        with ThreadPoolExecutor() as pool:  # a command for two hosts is given on both
+            for done in pool.map(lambda _, run=run: run(), range(2 if "--nnodes=2" in launch else 1)):
+                assert done.returncode == 0, (words, done.stderr[-2000:])
 
 
 def test_a_task_of_your_own_runs(world, tmp_path):
@@ -87,8 +86,7 @@ def test_a_task_of_your_own_runs(world, tmp_path):
     assert program[0].startswith('"""How many objects') and len(program) <= 40
     (tmp_path / "count.py").write_text("\n".join(program))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    made = subprocess.run([sys.executable, os.path.join(ROOT, "pretrain.py"), *TINY, "--data", world, "--steps", "1",
-                           "--output", tmp_path / "run"], capture_output=True, text=True, env=environment, timeout=200)
+    made = run_command("pretrain.py", *TINY, "--data", world, "--steps", "1", "--output", tmp_path / "run")
     assert made.returncode == 0, made.stderr
     done = subprocess.run([sys.executable, tmp_path / "count.py", tmp_path / "run/last.pt", world, "2"], text=True,
                           capture_output=True, env=environment, timeout=200)
