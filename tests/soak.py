@@ -78,8 +78,8 @@ def judge(seen):
         # The median of the slopes between all pairs: a validation's peak that one look happens to meet does not count
         slope = theilslopes(values, hours)[0] if len(seen) > 1 else 0.0
         rows.append((key, np.median(values[:third]), np.median(values[-third:]), slope, limit, slope < limit))
-    cost = [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"])
-            for a, b in zip(seen, seen[1:]) if b["step"] > a["step"]]
+    changes = [b for a, b in zip(seen, seen[1:]) if b["step"] > a["step"]]  # the log has a line every few steps
+    cost = [(b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in zip(changes, changes[1:])]
     third = max(1, len(cost) // 3)
     first, last = np.median(cost[:third]), np.median(cost[-third:])
     rows.append(("CPU seconds a step", first, last, (last - first) / first * 100, 5.0, last < 1.05 * first))
