@@ -218,12 +218,39 @@ def as_fractions(box, width, height):
     return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
 
 
-def on_disk(folder):
-    """The names in a folder; one listing is quicker than asking for 100,000 files one at a time."""
+def plain_name(name, record):
+    """`name`, a file's or folder's out of an annotation, if it cannot lead out of the folder that it is below.
+
+    Who writes annotations could otherwise have any file read that the user may read. InputError names the record.
+    """
+    if not name or name[0] == "/" or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise InputError(f"{record}: the name {name[:80]!r} is empty or leads out of its folder; mend or remove "
+                         "the record")
+    return name
+
+
+def on_disk(folder, data, root=None):
+    """The names of the files in a folder; one listing is quicker than asking for 100,000 files one at a time.
+
+    Links. A folder of the README's data tree, or one above it, may be a link to anywhere: the user has made it. What is
+    in it comes out of an archive, which can bring links too: a picture that is one may lead to other places in its
+    folder or in the data folder, and is an InputError if it leads out of both. So is a `folder` that an annotation
+    names below `root`, the one of the data tree. The listing tells what is a link, so only links cost a look. Pipes
+    and devices, which could be waited for in vain, are no files.
+    """
+    root = root or folder
     try:
-        return set(os.listdir(folder))
+        with os.scandir(folder) as found:
+            entries = [(e.name, e.is_symlink()) for e in found if e.is_symlink() or e.is_file(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: no such folder; unpack the pictures there (see the README's data tree)") from None
+    links = [f"{folder}/{name}" for name, link in entries if link and name.lower().endswith((".jpg", ".jpeg", ".png"))]
+    inside = tuple(os.path.join(os.path.realpath(place), "") for place in (root, data))
+    for path in ([folder] if folder != root else []) + links:
+        if os.path.exists(path) and not f"{os.path.realpath(path)}/".startswith(inside):
+            raise InputError(f"{path}: is a link out of {root} and out of the data folder; put the files there, or let "
+                             f"{root} itself be the link")
+    return {name for name, link in entries if not link or os.path.isfile(f"{folder}/{name}")}
 
 
 def read_coco(data, split, say=print, flickr_out=()):
@@ -236,14 +263,15 @@ def read_coco(data, split, say=print, flickr_out=()):
     path = f"{data}/coco/annotations/instances_{split}2017.json"
     instances = read_json(path, "detection on COCO")
     folder = f"{data}/coco/{split}2017"
-    names = on_disk(folder)
+    names = on_disk(folder, data)
     pictures, missing, leaking = {}, [], 0
     for r in records(path, instances, "images"):
         photo = re.search(r"/(\d+)_[^/]*$", str(r.get("flickr_url")))
         if photo and int(photo[1]) in flickr_out:
             leaking += 1
             continue
-        number, name = take(r, "id", int, path), os.path.basename(take(r, "file_name", str, path))
+        number = take(r, "id", int, path)
+        name = os.path.basename(plain_name(take(r, "file_name", str, path), f"{path}: image {number}"))
         size = (take(r, "height", int, path), take(r, "width", int, path))
         if min(size) < 1:
             raise InputError(f"{path}: image {number}: height and width are {size}")
@@ -314,7 +342,7 @@ def read_vg(data, say=print):
     objects, attributes = read_names(f"{folder}/objects_vocab.txt"), read_names(f"{folder}/attributes_vocab.txt")
     label_of = {name: i for i, line in reversed(list(enumerate(objects))) for name in line}
     attribute_of = {name: i for i, line in reversed(list(enumerate(attributes))) for name in line}
-    names = {part: on_disk(f"{folder}/{part}") for part in ("VG_100K", "VG_100K_2")
+    names = {part: on_disk(f"{folder}/{part}", data) for part in ("VG_100K", "VG_100K_2")
              if os.path.isdir(f"{folder}/{part}")}
     pictures, same, missing = {}, {}, []
     path = f"{folder}/image_data.json"
@@ -481,7 +509,7 @@ class Example:
 
 def coco_finder(data):
     """A function from a COCO picture's number and 2014 split to its file, in the folder of 2014 or of 2017."""
-    folders = {name: on_disk(f"{data}/coco/{name}") for name in
+    folders = {name: on_disk(f"{data}/coco/{name}", data) for name in
                ("train2014", "val2014", "test2015", "train2017", "val2017") if os.path.isdir(f"{data}/coco/{name}")}
 
     def find(number, split, record):
@@ -538,7 +566,7 @@ def common_answers(targets, least=9):
 def read_nlvr2(data, split):
     """NLVR2's "train", "dev" or "test1": [Example] of two pictures, target 1 = the statement is true. One JSON a line.
     """
-    path, examples = f"{data}/nlvr2/{split}.json", []
+    path, root, examples = f"{data}/nlvr2/{split}.json", f"{data}/nlvr2/images/{split}", []
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file if line.strip()]
@@ -548,19 +576,20 @@ def read_nlvr2(data, split):
     for at, line in enumerate(lines, 1):
         try:
             r = json.loads(line)
-            name = r["identifier"]
-            folder = f"{data}/nlvr2/images/{split}" + (f"/{r['directory']}" if "directory" in r else "")
+            name, text = (take(r, key, str, path) for key in ("identifier", "sentence"))
             target = {"true": 1, "false": 0}[str(r["label"]).lower()] if "label" in r else None
-            text = take(r, "sentence", str, path)
-        except (ValueError, KeyError, TypeError) as error:
+            folders = [str(r["directory"])] if "directory" in r else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: line {at}: not a record of NLVR2 ({error}); it may be cut off, download it "
                              "again") from None
+        folder = "/".join([root, *(plain_name(part, f"{path}: line {at}") for part in folders)])
+        plain_name(name, f"{path}: line {at}")
         files = tuple(f"{folder}/{name.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
         examples.append(Example(name, files, text, target))
     if not examples:
         raise InputError(f"{path}: holds no record; download it again")
     for folder in {os.path.dirname(f) for e in examples for f in e.files}:
-        there = on_disk(folder)
+        there = on_disk(folder, data, root)
         for e in examples:
             for f in e.files:
                 if os.path.dirname(f) == folder and os.path.basename(f) not in there:
@@ -575,7 +604,7 @@ def read_karpathy(data, name, split):
     """
     path = f"{data}/{name}/dataset_{name}.json"
     find = coco_finder(data) if name == "coco" else None
-    there = on_disk(f"{data}/flickr30k/flickr30k-images") if name == "flickr30k" else ()
+    there = on_disk(f"{data}/flickr30k/flickr30k-images", data) if name == "flickr30k" else ()
     examples = []
     for r in records(path, read_json(path, "Karpathy's splits"), "images"):
         if take(r, "split", str, path).replace("restval", "train") != split:
@@ -583,9 +612,10 @@ def read_karpathy(data, name, split):
         sentences = tuple(take(s, "raw", str, path).strip() for s in records(path, r, "sentences"))
         if name == "coco":
             number = take(r, "cocoid", int, path)
-            file = find(number, take(r, "filepath", str, path), f"{path}: picture {number}")
+            record = f"{path}: picture {number}"
+            file = find(number, plain_name(take(r, "filepath", str, path), record), record)
         else:
-            number = take(r, "filename", str, path)
+            number = plain_name(take(r, "filename", str, path), path)
             file = f"{data}/flickr30k/flickr30k-images/{number}"
             if number not in there:
                 raise InputError(f"{file}: not there, a picture of {path}")
@@ -622,7 +652,7 @@ def read_task(task, data, split, say=print):
 # The index: what the readers found, in files that all processes map
 
 
-INDEX_VERSION = 2  # another number, and each index is built anew: raise it with any change of the readers or of Packed
+INDEX_VERSION = 3  # another number, and each index is built anew: raise it with any change of the readers or of Packed
 
 
 class Packed(Sequence):
