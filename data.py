@@ -28,6 +28,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -834,7 +835,7 @@ def status(path):
 def size_of(file):
     """(height, width) of a picture by its head alone; (1, 1) if it cannot be read, which its use will find out."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return image.height, image.width
     except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
         return 1, 1
@@ -937,25 +938,41 @@ def normalise_answer(text):
 # Pictures
 
 
+# Pillow knows dozens of formats, and for some of them starts programs (EPS: Ghostscript) or reads many files. These are
+# the ones that pictures of data sets, telephones and the web have.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pillow refuses to decode twice its MAX_IMAGE_PIXELS, 178 M pixels ("decompression bomb"); large photographs lie below
+# that and need no warning.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 def load_picture(path, short=None, long=None, upright=False):
     """An RGB picture, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only applied if `upright`.
 
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of its
     size, which leaves out most of the work. 16 bits become 8, what is transparent becomes white, of a moving picture
-    the first frame counts. Raises whatever Pillow does; more than 178 M pixels are an error too.
+    the first frame counts. Raises whatever Pillow does, for more than 178 M pixels too, whatever its file's size: a few
+    hundred kilobytes can hold as many. So the most memory that a picture takes is 8 bytes a pixel, 1.4 GB (upright: 12).
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         if short is not None and image.format == "JPEG":
             height, width = resized(image.height, image.width, short, long)
             image.draft(None, (width, height))
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        deep = image.mode.startswith("I")  # 16 bits, which Pillow would cut off at 255
+        if not deep and image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+            return image.convert("RGB")
+        found = Image.new("RGB", image.size)
+        for top in range(0, image.height, 256):  # in strips: what they need on the way is several times the picture
+            part = image.crop((0, top, image.width, min(top + 256, image.height)))
+            if deep:
+                part = Image.fromarray((np.asarray(part).clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
+            else:
+                part = part.convert("RGBA")
+                part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+            found.paste(part, (0, top))
+        return found
 
 
 def decodable(pictures, say=print):

@@ -51,6 +51,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from data import (
+    FORMATS,
     HelpFormatter,
     InputError,
     Tokenizer,
@@ -1375,7 +1376,7 @@ def own_pictures(paths):
     Of a folder those whose ending is a picture's, not its hidden files and not its folders. A path with no picture to
     try comes as (name, what is wrong with it).
     """
-    no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow knows their endings, not what is in them
+    no_pictures = ("BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # the endings of the others are read, or named
     kinds = {ending for ending, kind in Image.registered_extensions().items()
              if kind in Image.OPEN and kind not in no_pictures} | {".heic", ".heif"}  # telephones', to be named
     for path in paths:
@@ -1404,7 +1405,7 @@ def open_own(name, file):
     except FileNotFoundError:
         problem = "no such file"
     except UnidentifiedImageError:
-        problem = "not a picture, or of a kind that Pillow cannot read"
+        problem = f"not a picture of a kind that is read, {', '.join(FORMATS)}"
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for bad files
         problem = f"cannot be decoded ({(str(error) or type(error).__name__).splitlines()[0]})"
     raise InputError(f"{name}: {problem}")
