@@ -20,6 +20,7 @@ opposite of nn.MultiheadAttention's key_padding_mask and of DETR's NestedTensor.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import sys
@@ -205,11 +206,20 @@ class Backbone(nn.Module):
         if weights == "imagenet":
             weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
             place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+            start_of_hash = os.path.splitext(place)[0].rsplit("-", 1)[1]
             try:
-                state = weights.get_state_dict(check_hash=True, progress=False)
+                if not os.path.exists(place):
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                    torch.hub.download_url_to_file(weights.url, place, start_of_hash, progress=False)
+                with open(place, "rb") as file:
+                    digest = hashlib.sha256(file.read()).hexdigest()
             except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
                 raise InputError(f"no ImageNet weights for {name} ({error}): download {weights.url} to {place}, "
                                  "or give --backbone-weights FILE, or --backbone-weights none") from None
+            if not digest.startswith(start_of_hash):  # torch.hub compares it for what it downloads alone
+                raise InputError(f"{place}: its SHA-256 begins with {digest[:8]}, not as its name says; remove it, and "
+                                 f"{weights.url} is downloaded again")
+            state = load_file(place, "--backbone-weights")
         else:
             state = load_file(weights, "--backbone-weights")
         own = self.resnet.state_dict()
