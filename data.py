@@ -671,8 +671,11 @@ class Packed(Sequence):
     def __init__(self, path, data):
         self.path, self.data = path, data
         self.bytes = np.memmap(f"{path}.records", np.uint8, "r") if os.path.getsize(f"{path}.records") else b""
-        self.ends, self.sizes, self.groups = (np.load(f"{path}.{name}.npy", mmap_mode="r")
+        self.ends, self.sizes, self.groups = (np.load(f"{path}.{name}.npy", mmap_mode="r", allow_pickle=False)
                                               for name in ("ends", "sizes", "groups"))
+        if (self.ends.shape != self.groups.shape or self.sizes.shape != (*self.ends.shape, 2)
+                or len(self.bytes) != (self.ends[-1] if len(self.ends) else 0)):
+            raise ValueError("its files do not belong together")
 
     def __reduce__(self):  # a worker that is not forked maps the files again
         return Packed, (self.path, self.data)
@@ -686,7 +689,13 @@ class Packed(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index = index % len(self)
-        record = bytes(self.bytes[int(self.ends[index - 1]) if index else 0:int(self.ends[index])])
+        try:
+            return self.item(bytes(self.bytes[int(self.ends[index - 1]) if index else 0:int(self.ends[index])]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{self.path}.records: record {index} is damaged ({str(error)[:80]}); remove the folder "
+                             f"{os.path.dirname(self.path)}, and it is written anew") from None
+
+    def item(self, record):
         line = record.index(b"\n")
         at = line + 1
 
@@ -701,6 +710,9 @@ class Packed(Sequence):
 
         fields = {k: tuple(v) if isinstance(v, list) else v
                   for k, v in json.loads(record[:line], object_hook=array).items()}
+        # A data folder can come with an index that somebody else has written, so its names are looked at like others
+        for name in [fields["file"]] if "file" in fields else fields["files"]:
+            plain_name(name, "a file")
         if "file" in fields:
             return Picture(**{**fields, "file": f"{self.data}/{fields['file']}"})
         return Example(**{**fields, "files": tuple(f"{self.data}/{file}" for file in fields["files"])})
@@ -769,11 +781,18 @@ def indexed(data, folder, kind, sources, read, say=print):
                     lock.truncate(0)
                     lock.write(f"{key}\n{error}".encode())
                     raise
-    with open(f"{path}/about.json", encoding="utf-8") as file:
-        about = json.load(file)
-    for text in about["said"]:
+    try:
+        with open(f"{path}/about.json", encoding="utf-8") as file:
+            about = json.load(file)
+        found = {**about["plain"], **{name: Packed(f"{path}/{plain_name(name, 'a list')}", data)
+                                      for name in about["lists"]}}
+        said = list(about["said"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged ({str(error)[:80]}); remove this folder, and it is written "
+                         "anew") from None
+    for text in said:
         say(text)
-    return {**about["plain"], **{name: Packed(f"{path}/{name}", data) for name in about["lists"]}}
+    return found
 
 
 def locked(file, how):
@@ -952,7 +971,8 @@ def load_picture(path, short=None, long=None, upright=False):
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of its
     size, which leaves out most of the work. 16 bits become 8, what is transparent becomes white, of a moving picture
     the first frame counts. Raises whatever Pillow does, for more than 178 M pixels too, whatever its file's size: a few
-    hundred kilobytes can hold as many. So the most memory that a picture takes is 8 bytes a pixel, 1.4 GB (upright: 12).
+    hundred kilobytes can hold as many. So the most memory that a picture takes is 8 bytes a pixel, 1.4 GB (12 if
+    `upright`).
     """
     with Image.open(path, formats=FORMATS) as image:
         if short is not None and image.format == "JPEG":
