@@ -784,7 +784,7 @@ def read_predictions(path, wanted):
 def read_matrix(path, shape):
     """A matrix of finite numbers of this shape, (pictures, sentences), from a .npy file."""
     try:
-        matrix = np.load(path, allow_pickle=False)
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a head may promise any size
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write it with numpy.save") from None
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "fiu" or matrix.shape != shape:
@@ -1964,6 +1964,15 @@ def report_table(runs, measures):
             "largest.</p>")
 
 
+def is_small_copy(picture):
+    """Whether a picture of report.json is as Gallery keeps it. The run may be another's, and its pictures become part
+    of the page as they are.
+    """
+    size, jpeg = (picture.get(key) for key in ("size", "jpeg")) if isinstance(picture, dict) else (None, None)
+    return (isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int] and min(size) > 0
+            and isinstance(jpeg, str) and re.fullmatch("[A-Za-z0-9+/=]*", jpeg) is not None)
+
+
 def report_gallery(runs, most):
     """The held-out examples with each run's answer, and the symbols of their pictures: (HTML, SVG)."""
     items, pictures = {}, {}  # the same example of several runs stands once
@@ -1973,7 +1982,7 @@ def report_gallery(runs, most):
             given = items.setdefault(key, (item, []))[1]
             if not any(other is run for other, _ in given):  # nor does one that a run was asked twice
                 given.append((run, item))
-        pictures |= run["pictures"]
+        pictures |= {key: p for key, p in run["pictures"].items() if is_small_copy(p)}
     used = {p for item, given in items.values() for side in (item, item["truth"], *(i["answer"] for _, i in given))
             for p in side.get("pictures", ())}
     numbers = {name: n for n, name in enumerate(p for p in pictures if p in used)}
