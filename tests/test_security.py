@@ -261,23 +261,35 @@ def objects(path, place):
     np.save(path, np.array([Harm(place)] * 64, object))
 
 
-@pytest.mark.parametrize("name,spoil", [
-    ("about.json", lambda path, place: path.write_text(path.read_text()[:40])),
-    ("about.json", lambda path, place: path.write_text("[]")),
-    ("about.json", lambda path, place: path.write_text('{"said": [], "plain": {}, "lists": ["../../../x"]}')),
-    ("train.ends.npy", objects),
-    ("train.sizes.npy", objects),
-    ("train.groups.npy", lambda path, place: path.write_bytes(path.read_bytes()[:-8])),
-    ("train.records", lambda path, place: path.write_bytes(path.read_bytes()[:-9])),
-    ("train.records", lambda path, place: path.write_bytes(b"\0" * path.stat().st_size)),
-    ("train.records", lambda path, place: path.write_bytes(path.read_bytes().replace(b"<f4", b"|O8"))),
-    ("train.records", lambda path, place: path.write_bytes(path.read_bytes().replace(b'"coco/', b'"../c/'))),
-    ("train.records", lambda path, place: path.write_bytes(path.read_bytes().replace(b'"coco/', b'"/etc/'))),
-    ("train.records", lambda path, place: path.unlink()),
-], ids=str)
-def test_an_index_that_was_damaged_or_made_up_is_refused(index, name, spoil, tmp_path):
-    folder, read = index
-    spoil(folder / name, tmp_path / "harm")
+def cut(n):
+    return lambda path, place: path.write_bytes(path.read_bytes()[:-n])
+
+
+def swap(old, new):
+    return lambda path, place: path.write_bytes(path.read_bytes().replace(old, new))
+
+
+SPOILT = {
+    "cut off": ("about.json", cut(40)),
+    "another list": ("about.json", lambda path, place: path.write_text("[]")),
+    "list elsewhere": ("about.json", lambda path, place: path.write_text(
+        '{"said": [], "plain": {}, "lists": ["../../../x"]}')),
+    "ends are objects": ("train.ends.npy", objects),
+    "sizes are objects": ("train.sizes.npy", objects),
+    "groups cut off": ("train.groups.npy", cut(8)),
+    "records cut off": ("train.records", cut(9)),
+    "zeros": ("train.records", lambda path, place: path.write_bytes(bytes(path.stat().st_size))),
+    "arrays are objects": ("train.records", swap(b"<f4", b"|O8")),
+    "picture above": ("train.records", swap(b'"coco/', b'"../c/')),
+    "absolute picture": ("train.records", swap(b'"coco/', b'"/etc/')),
+    "no records": ("train.records", lambda path, place: path.unlink()),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_an_index_that_was_damaged_or_made_up_is_refused(index, name, tmp_path):
+    (folder, read), (file, spoil) = index, SPOILT[name]
+    spoil(folder / file, tmp_path / "harm")
     with pytest.raises(InputError) as error:
         read()
     said = str(error.value)
