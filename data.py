@@ -245,6 +245,8 @@ def on_disk(folder, data, root=None):
             entries = [(e.name, e.is_symlink()) for e in found if e.is_symlink() or e.is_file(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: no such folder; unpack the pictures there (see the README's data tree)") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     links = [f"{folder}/{name}" for name, link in entries if link and name.lower().endswith((".jpg", ".jpeg", ".png"))]
     inside = tuple(os.path.join(os.path.realpath(place), "") for place in (root, data))
     for path in ([folder] if folder != root else []) + links:
