@@ -139,13 +139,21 @@ def errors(task, seeds, monkeypatch):
     return found
 
 
-# (the median, any seed) in u. A gradient of a single seed in float32 is only seen to be one: 2^-8, see above.
+# Of the median seed, in u. Any seed may have six times that, a gradient 2^-8 too, for the ReLU that closes.
 OUTPUT, LOSS, GRADIENT, PART = 8, 4, 12, 24
 
 
 @pytest.mark.parametrize("task", ["", *TASKS])
 def test_float32_and_bf16_stay_within_their_rounding_of_float64(task, monkeypatch):
-    """MEASURED
+    """Measured over 20 seeds of pre-training and each task: the largest median and the largest of all, in u.
+
+                  float32                    bf16
+        output    6.4    19 (ITM)            2.2    6.6 (ITM)
+        loss      1.5   6.3 (NLVR2)          0.6    4.0 (NLVR2)
+        gradient  8.3    60 (NLVR2)          9.0     42 (NLVR2)
+        part       18  1230 (NLVR2, ResNet)   15     72 (ITM head)
+
+    The 1230 is one ReLU with an input of 1e-8; without that seed it is 54, of the ITM head.
     """
     for kind, seeds in errors(task, 3, monkeypatch).items():
         for name in seeds[0]:
