@@ -674,7 +674,7 @@ def test_flickr_retrieval(tmp_path):
     assert found == dict.fromkeys(("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10"), 1)
     for spoilt, says in ((matrix[:2], "must be numbers (3, 15)"), (matrix > 0, "is bool (3, 15)"),
                          (np.where(matrix > 0, np.inf, 0), "row 0, column 0 is inf"), (matrix * np.nan, "is nan"),
-                         (np.array([None]), "cannot be read (Object arrays")):
+                         (np.array([None]), "Python objects in dtype")):
         np.save(tmp_path / "m.npy", spoilt)
         with pytest.raises(InputError, match="m.npy") as error:
             scores.score_files("flickr30k", str(tmp_path / "m.npy"), against)
