@@ -123,16 +123,29 @@ def writing(path):
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or give another place") from None
 
 
-def read_json(path, purpose):
-    """A JSON file. Raises InputError that names the file, what it is needed for, and the place of an error in it."""
+def read_text(path, purpose):
+    """A text file in UTF-8. Raises InputError that names the file and what it is needed for."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: not found, needed for {purpose}; the README's data tree says where it comes "
                          "from") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not text in UTF-8 ({error}); it may be damaged, download it again") from None
+
+
+def read_json(path, purpose):
+    """A JSON file. Raises InputError that names the file, what it is needed for, and the place of an error in it."""
+    return parse_json(read_text(path, purpose), path)
+
+
+def parse_json(text, path):
+    """What JSON says, or InputError that names the file."""
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); it may be cut off, download it again") from None
 
@@ -198,15 +211,36 @@ def records(path, thing, key=None):
     return found
 
 
-def take(record, key, kind, path):
-    """record[key], checked to be of a kind; InputError names the file and record."""
+SURROGATE = re.compile("[\ud800-\udfff]")  # halves of a character, which JSON can hold and UTF-8 cannot
+LARGEST = 10 ** 15  # of numbers in records: no id or place in a picture is larger, and it fits an int64 and a float
+
+
+def is_usable(value, kind):
+    """Whether a value of a JSON file is of a kind, and one that can be computed with; True is no integer."""
+    return isinstance(value, kind) and not isinstance(value, bool) and (
+        abs(value) <= LARGEST if isinstance(value, (int, float)) else  # NaN is not
+        not SURROGATE.search(value) if isinstance(value, str) and not value.isascii() else True)
+
+
+def take(record, key, kind, path, optional=False):
+    """record[key], checked to be of a kind; InputError names the file and record. optional: it may be None or missing.
+    """
     value = record.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, float) and not
-                                                                  math.isfinite(value)):
-        name = next((f"{k} {record[k]}" for k in ("id", "image_id", "object_id") if k in record), str(record)[:60])
+    if not is_usable(value, kind) and not (optional and value is None):
+        name = next((f"{k} {record[k]!r:.40}" for k in ("id", "image_id", "object_id") if k in record),
+                    str(record)[:60])
         raise InputError(f"{path}: record {name}: {key!r} is {str(value)[:40]!r}, which is not usable; "
                          "mend or remove the record")
     return value
+
+
+def take_size(record, path):
+    """(height, width) of a picture's record in pixels."""
+    size = take(record, "height", int, path), take(record, "width", int, path)
+    if min(size) < 1 or max(size) > 1_000_000:
+        raise InputError(f"{path}: image {record.get('id', record.get('image_id'))}: height and width are {size}; "
+                         "mend or remove the record")
+    return size
 
 
 def as_fractions(box, width, height):
@@ -243,7 +277,7 @@ def on_disk(folder, data, root=None):
     try:
         with os.scandir(folder) as found:
             entries = [(e.name, e.is_symlink()) for e in found if e.is_symlink() or e.is_file(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise InputError(f"{folder}: no such folder; unpack the pictures there (see the README's data tree)") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
@@ -269,15 +303,13 @@ def read_coco(data, split, say=print, flickr_out=()):
     names = on_disk(folder, data)
     pictures, missing, leaking = {}, [], 0
     for r in records(path, instances, "images"):
-        photo = re.search(r"/(\d+)_[^/]*$", str(r.get("flickr_url")))
+        photo = re.search(r"/(\d{1,18})_[^/]*$", str(r.get("flickr_url")))
         if photo and int(photo[1]) in flickr_out:
             leaking += 1
             continue
         number = take(r, "id", int, path)
         name = os.path.basename(plain_name(take(r, "file_name", str, path), f"{path}: image {number}"))
-        size = (take(r, "height", int, path), take(r, "width", int, path))
-        if min(size) < 1:
-            raise InputError(f"{path}: image {number}: height and width are {size}")
+        size = take_size(r, path)
         if name in names:
             pictures[number] = Picture(f"coco {number}", f"{folder}/{name}", size, coco=([], []))
         else:
@@ -297,16 +329,15 @@ def read_coco(data, split, say=print, flickr_out=()):
             continue
         if number not in pictures:
             raise InputError(f"{path}: annotation {r.get('id')}: unknown image_id {number}")
-        if r.get("category_id") not in label_of:
-            raise InputError(f"{path}: annotation {r.get('id')}: unknown category_id {r.get('category_id')}")
+        if take(r, "category_id", int, path) not in label_of:
+            raise InputError(f"{path}: annotation {r.get('id')}: unknown category_id {r['category_id']}")
         box = r.get("bbox")
-        numeric = isinstance(box, list) and len(box) == 4 and all(
-            isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        numeric = isinstance(box, list) and len(box) == 4 and all(is_usable(v, (int, float)) for v in box)
         h, w = pictures[number].size
         box = as_fractions(box, w, h) if numeric else None
         count += 1
         if box is None:
-            bad.append(f"annotation {r.get('id')}: bbox {r.get('bbox')} in a picture of {w} x {h}")
+            bad.append(f"annotation {r.get('id')}: bbox {str(r.get('bbox'))[:80]} in a picture of {w} x {h}")
         else:
             pictures[number].coco[0].append(box)
             pictures[number].coco[1].append(label_of[r["category_id"]])
@@ -317,7 +348,7 @@ def read_coco(data, split, say=print, flickr_out=()):
         say(f"{path}: left out {len(bad)} of {count} boxes, the first is {bad[0]}")
     path = f"{data}/coco/annotations/captions_{split}2017.json"
     for r in records(path, read_json(path, "COCO captions"), "annotations"):
-        if r.get("image_id") in pictures and take(r, "caption", str, path).strip():
+        if take(r, "image_id", int, path) in pictures and take(r, "caption", str, path).strip():
             pictures[r["image_id"]].sentences.append(r["caption"].strip())
     for p in pictures.values():
         p.coco = (np.array(p.coco[0], np.float32).reshape(-1, 4), np.array(p.coco[1], np.int64))
@@ -326,12 +357,8 @@ def read_coco(data, split, say=print, flickr_out=()):
 
 def read_names(path):
     """A word list of bottom-up-attention: [[name, synonym ...] for each line]."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); it is part of bottom-up-attention's "
-                         "data/genome/1600-400-20") from None
+    lines = [line.strip() for line in read_text(path, "Visual Genome's names, a part of bottom-up-attention's "
+                                                "data/genome/1600-400-20").splitlines()]
     return [[name.strip().lower() for name in line.split(",")] for line in lines if line]
 
 
@@ -351,13 +378,13 @@ def read_vg(data, say=print):
     path = f"{folder}/image_data.json"
     for r in records(path, read_json(path, "Visual Genome")):
         number = take(r, "image_id", int, path)
-        size = (take(r, "height", int, path), take(r, "width", int, path))
+        size = take_size(r, path)
         file = next((f"{folder}/{part}/{number}.jpg" for part in names if f"{number}.jpg" in names[part]), None)
         if file is None:
             missing.append(number)
         else:
             pictures[number] = Picture(f"vg {number}", file, size, vg=([], [], []))
-            same[number] = (r.get("coco_id"), r.get("flickr_id"))
+            same[number] = tuple(take(r, key, int, path, optional=True) for key in ("coco_id", "flickr_id"))
     if missing:
         say(f"{folder}: {len(missing)} pictures of image_data.json are not there, the first is {missing[0]}.jpg; "
             "left out")
@@ -367,16 +394,18 @@ def read_vg(data, say=print):
     has = {}
     for r in stream(path, "attributes"):
         for o in records(path, r, "attributes"):
-            if o.get("attributes"):
-                has[o.get("object_id")] = tuple(sorted({
-                    attribute_of[a] for a in (str(a).strip().lower() for a in o["attributes"]) if a in attribute_of}))
+            said = take(o, "attributes", list, path, optional=True)
+            if said:
+                has[take(o, "object_id", int, path)] = tuple(sorted({
+                    attribute_of[a] for a in (str(a).strip().lower() for a in said) if a in attribute_of}))
     path = f"{folder}/objects.json"
     outside = unknown = count = 0
     for r in stream(path, "detection on Visual Genome"):
-        picture = pictures.get(r.get("image_id"))
+        picture = pictures.get(take(r, "image_id", int, path))
         for o in records(path, r, "objects") if picture else ():
             count += 1
-            known = (n for n in (str(n).strip().lower() for n in o.get("names") or ()) if n in label_of)
+            said = take(o, "names", list, path, optional=True) or ()
+            known = (n for n in (str(n).strip().lower() for n in said) if n in label_of)
             label = label_of.get(next(known, None))
             box = [take(o, key, (int, float), path) for key in "xywh"]
             box = as_fractions(box, picture.size[1], picture.size[0])
@@ -385,7 +414,7 @@ def read_vg(data, say=print):
             elif label is None:
                 unknown += 1
             else:
-                for values, value in zip(picture.vg, (box, label, has.get(o.get("object_id"), ()))):
+                for values, value in zip(picture.vg, (box, label, has.get(take(o, "object_id", int, path), ()))):
                     values.append(value)
     if outside or unknown:
         say(f"{path}: of {count} boxes left out {outside} empty or outside, {unknown} whose name is not in "
@@ -394,10 +423,12 @@ def read_vg(data, say=print):
     flaws = Counter()
     for r in stream(path, "Visual Genome's sentences"):
         regions = records(path, r, "regions")
-        picture, known = pictures.get(r.get("id", regions[0].get("image_id") if regions else None)), set()
+        number = take(r if "id" in r or not regions else regions[0], "id" if "id" in r else "image_id", int, path,
+                      optional=True)
+        picture, known = pictures.get(number), set()
         for region in regions if picture else ():
             phrase = region.get("phrase")
-            phrase = phrase.strip() if isinstance(phrase, str) else ""
+            phrase = phrase.strip() if is_usable(phrase, str) else ""
             key = (phrase.lower(), *(str(region.get(k)) for k in ("x", "y", "width", "height")))
             flaw = ("empty" if not phrase else "without a Latin letter" if not re.search("[a-z]", phrase.lower()) else
                     "there twice with the same box" if key in known and "x" in region else None)
@@ -419,9 +450,9 @@ def held_out(data, say=print):
     coco, flickr = set(), set()
     path = f"{data}/coco/annotations/instances_val2017.json"
     if os.path.exists(path):
-        coco |= {r.get("id") for r in records(path, read_json(path, "the held-out pictures"), "images")}
+        coco |= {take(r, "id", int, path) for r in records(path, read_json(path, "the held-out pictures"), "images")}
     for name, ids, number in (
-            ("coco/dataset_coco.json", coco, lambda r: r.get("cocoid")),
+            ("coco/dataset_coco.json", coco, lambda r: int(r["cocoid"])),
             ("flickr30k/dataset_flickr30k.json", flickr, lambda r: int(os.path.splitext(r["filename"])[0]))):
         path = f"{data}/{name}"
         if not os.path.exists(path):
@@ -431,7 +462,7 @@ def held_out(data, say=print):
             if r.get("split") in ("val", "test"):
                 try:
                     ids.add(number(r))
-                except (KeyError, ValueError, TypeError):
+                except (KeyError, ValueError, TypeError, OverflowError):
                     raise InputError(f"{path}: record {str(r)[:60]}: has no usable picture number") from None
     return coco, flickr
 
@@ -452,7 +483,8 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
         train, names["coco"] = read_coco(data, "train", say, flickr_out)
         val, val_names = read_coco(data, "val", say)
         if val_names != names["coco"]:
-            raise InputError(f"{data}/coco/annotations: train2017 and val2017 have different categories")
+            raise InputError(f"{data}/coco/annotations: instances_train2017.json and instances_val2017.json have "
+                             "different categories; are both of one release?")
         leaking = [i for i in train if i in coco_out]
         for i in leaking:
             del train[i]
@@ -480,7 +512,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
             say(f"vg: {leaking} pictures are in a val or test split; left out")
     path = f"{data}/coco/dataset_coco.json"
     if os.path.exists(path):
-        test = {r.get("cocoid") for r in read_json(path, "Karpathy's splits")["images"] if r.get("split") == "test"}
+        test = {r["cocoid"] for r in read_json(path, "Karpathy's splits")["images"] if r.get("split") == "test"}
         val = {i: p for i, p in val.items() if i not in test}
     assert set(sets) <= set(known)
     train = list(train.values()) + vg_only
@@ -539,11 +571,14 @@ def read_vqa(data, split):
     if "test" not in split:
         answers = f"{data}/vqa/v2_mscoco_{split}{year}_annotations.json"
         for r in records(answers, read_json(answers, f"VQA's {split} split"), "annotations"):
-            ten = tuple(take(a, "answer", str, answers) for a in records(answers, r, "answers"))
+            number = take(r, "question_id", int, answers)
+            ten = tuple(take(a, "answer", str, answers) for a in records(f"{answers}: question {number}", r, "answers"))
+            if not ten:
+                raise InputError(f"{answers}: question {number}: has no answers; download it again")
             # Some copies of the files leave out which of the ten most people gave.
-            most = (take(r, "multiple_choice_answer", str, answers) if "multiple_choice_answer" in r or not ten else
+            most = (take(r, "multiple_choice_answer", str, answers) if "multiple_choice_answer" in r else
                     Counter(ten).most_common(1)[0][0])
-            said[take(r, "question_id", int, answers)] = ten, most
+            said[number] = ten, most
     if not questions:
         raise InputError(f"{path}: holds no question; download it again")
     find, examples = coco_finder(data), []
@@ -570,23 +605,19 @@ def read_nlvr2(data, split):
     """NLVR2's "train", "dev" or "test1": [Example] of two pictures, target 1 = the statement is true. One JSON a line.
     """
     path, root, examples = f"{data}/nlvr2/{split}.json", f"{data}/nlvr2/images/{split}", []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found, needed for NLVR2's {split} split; the README's data tree says where it "
-                         "comes from") from None
-    for at, line in enumerate(lines, 1):
-        try:
-            r = json.loads(line)
-            name, text = (take(r, key, str, path) for key in ("identifier", "sentence"))
-            target = {"true": 1, "false": 0}[str(r["label"]).lower()] if "label" in r else None
-            folders = [str(r["directory"])] if "directory" in r else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: line {at}: not a record of NLVR2 ({error}); it may be cut off, download it "
-                             "again") from None
-        folder = "/".join([root, *(plain_name(part, f"{path}: line {at}") for part in folders)])
-        plain_name(name, f"{path}: line {at}")
+    for at, line in enumerate(read_text(path, f"NLVR2's {split} split").split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}: line {at}"
+        r, = records(place, [parse_json(line, place)])
+        name, text = take(r, "identifier", str, place), take(r, "sentence", str, place)
+        directory, label = take(r, "directory", (int, str), place, optional=True), str(r.get("label")).lower()
+        if name.count("-") != 3 or label not in ("true", "false", "none"):
+            raise InputError(f"{place}: identifier {name[:40]!r}, label {label[:40]!r}: not a record of NLVR2; mend or "
+                             "remove the record")
+        plain_name(name, place)
+        folder = root if directory is None else f"{root}/{plain_name(str(directory), place)}"
+        target = {"true": 1, "false": 0}.get(label)
         files = tuple(f"{folder}/{name.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
         examples.append(Example(name, files, text, target))
     if not examples:
@@ -814,8 +845,8 @@ def index_file(path):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return open(path, "ab+")
-    except OSError as error:
-        raise InputError(f"--index {os.path.dirname(path)}: cannot be written ({error.strerror}); give another folder "
+    except (OSError, RecursionError) as error:  # RecursionError: makedirs, of a thousand folders in one another
+        raise InputError(f"--index {os.path.dirname(path)[:200]}: cannot be written ({error}); give another folder "
                          "with --index DIR") from None
 
 

@@ -806,6 +806,25 @@ def _karpathy(path, found, fields):
     return images
 
 
+def vqa_records(path, found):
+    """The records of VQA's annotation file, as `vqa_scores` needs them."""
+    records = _listed(path, found, "annotations", {"question_id": int, "answers": RECORDS})
+    for r in records:
+        _listed(f"{path}, question_id {r['question_id']}", r, "answers", {"answer": str})
+        if answer_type(r) not in ANSWER_TYPES:
+            raise InputError(f"{path}: question_id {r['question_id']}: answer_type {str(answer_type(r))[:40]!r} "
+                             f"is not one of {', '.join(ANSWER_TYPES)}; give VQA v2's annotations")
+    return records
+
+
+def coco_ids(path, found):
+    """The sets of pictures' and of categories' ids of COCO's instances file, once it has all that pycocotools reads."""
+    ids = ({r["id"] for r in _listed(path, found, key, {"id": int})} for key in ("images", "categories"))
+    _listed(path, found, "annotations", {"id": int, "image_id": int, "category_id": int, "bbox": BOX, "area": NUMBER,
+                                         "iscrowd": int}, empty=True)
+    return tuple(ids)
+
+
 def score_files(task, results, against, questions=None):
     """The scores of a result file, {measure: value} as the task's function above gives them.
 
@@ -835,12 +854,7 @@ def score_files(task, results, against, questions=None):
         raise InputError(f"task {task!r} is not known; give vqa, nlvr2, caption, flickr30k or detection")
     truth = _read_json(against)
     if task == "vqa":
-        records = _listed(against, truth, "annotations", {"question_id": int, "answers": RECORDS})
-        for r in records:
-            _listed(f"{against}, question_id {r['question_id']}", r, "answers", {"answer": str})
-            if answer_type(r) not in ANSWER_TYPES:
-                raise InputError(f"{against}: question_id {r['question_id']}: answer_type {str(answer_type(r))[:40]!r} "
-                                 f"is not one of {', '.join(ANSWER_TYPES)}; give VQA v2's annotations")
+        records = vqa_records(against, truth)
         wanted, asked = [r["question_id"] for r in records], None
         if questions is not None:
             asked = _listed(questions, _read_json(questions), "questions", {"question_id": int})
@@ -860,10 +874,7 @@ def score_files(task, results, against, questions=None):
         counts = [min(5, len(image["sentences"])) for image in _karpathy(against, truth, {})]
         owner = np.repeat(np.arange(len(counts)), counts)
         return retrieval_scores(read_matrix(results, (len(counts), len(owner))), owner)
-    images, categories = ({r["id"] for r in _listed(against, truth, key, {"id": int})}
-                          for key in ("images", "categories"))
-    _listed(against, truth, "annotations", {"id": int, "image_id": int, "category_id": int, "bbox": BOX, "area": NUMBER,
-                                            "iscrowd": int}, empty=True)
+    images, categories = coco_ids(against, truth)
     return detection_scores(read_detections(results, images, categories), truth)
 
 
@@ -1038,8 +1049,9 @@ def results_of(task, said, examples, categories=()):
 
 def coco_boxes(data, split):
     """COCO's instances file and its categories' ids, in the order of the model's classes."""
-    truth = read_json(f"{data}/coco/annotations/instances_{split}2017.json", "COCO's boxes")
-    return truth, sorted(c["id"] for c in truth["categories"])
+    path = f"{data}/coco/annotations/instances_{split}2017.json"
+    truth = read_json(path, "COCO's boxes")
+    return truth, sorted(coco_ids(path, truth)[1])
 
 
 def score_answers(task, said, examples, data, split, objects=False):
@@ -1052,7 +1064,8 @@ def score_answers(task, said, examples, data, split, objects=False):
             return {}
         path = f"{data}/vqa/v2_mscoco_{split}2014_annotations.json"
         answers = {e.id: answer for e, answer in zip(examples, said)}
-        return vqa_scores(answers, [r for r in read_json(path, "scores")["annotations"] if r["question_id"] in answers])
+        return vqa_scores(answers, [r for r in vqa_records(path, read_json(path, "scores"))
+                                    if r["question_id"] in answers])
     if task == "nlvr2":
         if examples[0].target is None:
             return {}
@@ -1437,9 +1450,10 @@ def check_output(folder, flag="--output"):
         with open(probe, "w"):
             pass
         os.remove(probe)
-    except OSError as error:
-        reason = "is a file; give a folder" if os.path.isfile(folder) else f"cannot be written ({error.strerror})"
-        raise InputError(f"{flag} {folder}: {reason}") from None
+    except (OSError, RecursionError) as error:  # RecursionError: makedirs, of a thousand folders in one another
+        reason = getattr(error, "strerror", None) or error
+        reason = "is a file; give a folder" if os.path.isfile(folder) else f"cannot be written ({reason})"
+        raise InputError(f"{flag} {folder[:200]}: {reason}") from None
 
 
 def check_asked(args, viewer):
@@ -1790,12 +1804,39 @@ def run_facts(script, kind, args, config, world, resumed):
 
 
 def read_report(folder):
-    """What `write_report` kept of a run, or {} where there is nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-            found = json.load(file)
-        return found if isinstance(found, dict) else {}
-    return {}
+    """What `write_report` kept of a run, or {} where that is not there or damaged."""
+    try:
+        found = _read_json(os.path.join(folder, "report.json"))
+    except InputError:
+        return {}
+
+    def texts(value):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+    def side(part):  # of an item of the gallery
+        return (isinstance(part, dict) and texts(part.get("lines", [])) and texts(part.get("pictures", [])) and all(
+            isinstance(box, list) and len(box) == 5 and isinstance(box[4], str) and all(_is(v, NUMBER) for v in box[:4])
+            for box in part.get("boxes", ()) if isinstance(part.get("boxes", []), list)))
+
+    def item(one):
+        return (isinstance(one, dict) and _is(one.get("score"), NUMBER) and texts(one.get("kinds"))
+                and all(isinstance(one.get(key), str) for key in ("asks", "says"))
+                and all(side(part) for part in (one, one.get("truth"), one.get("answer"))))
+
+    def small(picture):
+        size = picture.get("size") if isinstance(picture, dict) else None
+        return (isinstance(size, list) and len(size) == 2 and all(_is(v, int) and 0 < v < 10_000 for v in size)
+                and isinstance(picture.get("jpeg"), str))
+
+    known = {"kind": lambda value: isinstance(value, str), "commands": texts, "settings": lambda _: True,
+             "versions": lambda value: texts(list(value.values())), "gallery": lambda value: all(map(item, value)),
+             "pictures": lambda value: all(map(small, value.values()))}
+    empty = {"kind": "", "commands": [], "settings": {}, "versions": {}, "gallery": [], "pictures": {}}
+    for key, fits in known.items():
+        value = found.get(key, empty[key]) if isinstance(found, dict) else None
+        if type(value) is not type(empty[key]) or not fits(value):
+            return {}
+    return found
 
 
 def write_report(folder, facts, gallery=None):
@@ -1826,7 +1867,7 @@ def read_run(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # the last line may be half there
             found = json.loads(line)
-            if isinstance(found, dict) and isinstance(found.get("step"), int):
+            if isinstance(found, dict) and _is(found.get("step"), int) and 0 <= found["step"] < 1e15:
                 lines.append(found)
     if not lines:
         raise InputError(f"--report {folder}: log.jsonl has no line of a run yet")
@@ -1955,7 +1996,8 @@ def report_table(runs, measures):
     if not rows:
         return "<p>No validation yet.</p>"
     heads = "".join(f"<th scope=col>{escape(run['name'])}</th>" for run in runs)
-    few = {f"{line['blind_examples']:,}" for run in runs for line in run["lines"] if "blind_examples" in line}
+    few = {f"{line['blind_examples']:,}" for run in runs for line in run["lines"]
+           if _is(line.get("blind_examples"), NUMBER)}
     few = f", on the first {' or '.join(sorted(few))} examples" if few else ""
     return (f'<div class="wide measures" tabindex="0" role="region" aria-label="measures"><table><thead><tr><td></td>'
             f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -2150,11 +2192,10 @@ def parse(argv):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     args = parser.parse_args(argv)
-    for flag in ("batch_size", "beam"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
-    if not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: must be from 0 to 1")
+    for flag, least, most in (("batch_size", 1, 10 ** 6), ("beam", 1, 1000), ("examples", 0, 10 ** 9),
+                              ("threshold", 0, 1), ("alpha", -10, 10)):
+        if not least <= getattr(args, flag) <= most:  # NaN is not either
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)!s:.40}: must be from {least} to {most}")
     way = next((way for way in ("score", "report", "image") if getattr(args, way)), "data")
     given = [flag for flag, value in vars(args).items() if value != parser.get_default(flag)]
     for flag in given:

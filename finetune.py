@@ -69,9 +69,11 @@ from pretrain import (
     add_model_flags,
     check_bad_steps,
     check_flags,
+    check_kept,
     check_resumed,
     config_of,
     divide_batch,
+    load_optimizer,
     report_bad_step,
     resumable,
     set_up,
@@ -154,16 +156,17 @@ def parse(argv):
         raise InputError("--resume auto: give --task and --init too, as for a new run")
     path, state = resumable(args.resume, parser.parse_args(argv).output, fine_tuning=True)
     if path:
+        check_kept(parser, state["args"], f"--resume {path}")
         parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
         args = parser.parse_args(argv)
         for flag in (*FIXED, "task", "init", "batch_size", "sentences_per_picture", "weight_decay", "dropout", "seed",
                      "answers", "text"):
-            if getattr(args, flag) != state["args"][flag]:
+            if getattr(args, flag) != state["args"].get(flag):
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
-                                 f"{state['args'][flag]}; leave the flag away")
-        if bool(args.lr_backbone) != bool(state["args"]["lr_backbone"]):
+                                 f"{state['args'].get(flag)}; leave the flag away")
+        if bool(args.lr_backbone) != bool(state["args"].get("lr_backbone")):
             raise InputError(f"--lr-backbone {args.lr_backbone}: a resumed run cannot freeze or unfreeze the ResNet; "
-                             f"it has {state['args']['lr_backbone']}")
+                             f"it has {state['args'].get('lr_backbone')}")
     elif not args.task or not args.init:
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume")
     else:
@@ -378,7 +381,7 @@ def train(args, state, stop):
 
     step, before, best = 0, 0.0, -math.inf
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"], f"--resume {args.resume}")
         step, before = state["step"], state["seconds"]
         if os.path.exists(f"{args.output}/best.pt"):  # else it has to be written again
             best = state["best"]

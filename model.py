@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
-from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command
+from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command, is_usable
 
 TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
@@ -753,7 +753,75 @@ def load_checkpoint(path, flag="--checkpoint"):
         state["config"] = Config(**state["config"])
     except TypeError as error:
         raise InputError(f"{flag} {path}: written by another version of this project ({error})") from None
+    check_state(state, f"{flag} {path}")
     return state
+
+
+def check_state(state, source):
+    """InputError unless a checkpoint holds what this project writes: a damaged one, or one that somebody has edited,
+    would otherwise fail far from here, or give numbers that mean nothing. source: what the message begins with.
+    """
+    def require(fine, what):
+        if not fine:
+            raise InputError(f"{source}: {what}; the file is damaged, or of another version: give another one")
+
+    def texts(value):
+        return isinstance(value, list) and all(is_usable(text, str) for text in value)
+
+    def number(value, kind, least, most):
+        return type(value) in {int: (int,), float: (int, float)}[kind] and least <= value <= most  # True is no number
+
+    c, vocabulary, names, weights = state["config"], state["vocabulary"], state["names"], state["model"]
+    require(state["format"] == "e2e-vlp 1", f"its format is {str(state['format'])[:40]!r}")
+    # The configuration: what a model can be made of; `vocabulary` and the label sets have its sizes
+    for name, default in vars(Config()).items():
+        value, kind = getattr(c, name), type(default)
+        require(number(value, kind, 0, 2 ** 24) if kind in (int, float) else type(value) is kind,
+                f"config: {name} is {str(value)[:40]!r}")
+    positive = ("width", "heads", "head_width", "feed_forward", "queries", "attributes", "temperature")
+    for name, fits in (("backbone", c.backbone in BACKBONES), ("stride", c.stride in (16, 32)),
+                       ("width", c.width % 4 == 0), ("encoder_layers", 0 < c.encoder_layers <= 1000),
+                       ("decoder_layers", 0 < c.decoder_layers <= 1000), ("dropout", c.dropout <= 1),
+                       ("task", c.task in ("", *TASKS)), ("max_tokens", c.max_tokens >= 3),
+                       *((name, getattr(c, name) > 0) for name in positive)):
+        require(fits, f"config: {name} is {str(getattr(c, name))[:40]!r}")
+    require(texts(vocabulary) and len(set(vocabulary)) == len(vocabulary) == c.vocabulary,
+            f"its vocabulary is not {c.vocabulary} different word pieces")
+    for piece, at in zip(("[PAD]", "[CLS]", "[SEP]", "[MASK]"), (c.pad, c.cls, c.sep, c.mask)):
+        require(at < len(vocabulary) and vocabulary[at] == piece, f"its vocabulary has no {piece} at place {at}")
+    require("[UNK]" in vocabulary, "its vocabulary has no [UNK]")
+    require(isinstance(names, dict) and all(texts(names.get(key)) for key in ("coco", "vg", "attributes")),
+            "its names are not lists of texts")
+    require(c.classes == {key: len(names[key]) for key in ("coco", "vg") if names[key]}
+            and c.attributes == max(1, len(names["attributes"])), "its names are not as many as its config says")
+    require(c.task != "vqa" or texts(names.get("answers")) and len(names["answers"]) == c.answers > 0,
+            f"its names have not the {c.answers} answers of its config")
+    # The weights: those of a model of this configuration, finite
+    with torch.device("meta"):
+        own = E2EVLP(c).state_dict()
+    require(isinstance(weights, dict) and all(map(torch.is_tensor, weights.values())), "its weights are no tensors")
+    wrong = [k for k in {**own, **weights} if k not in own or k not in weights or own[k].shape != weights[k].shape
+             or own[k].dtype != weights[k].dtype]
+    require(not wrong, f"{len(wrong)} weights are missing, unknown or of another shape, the first is {wrong[:1]}")
+    bad = next((k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    require(bad is None, f"the weights {bad} are not finite")
+    # What a training adds: the flags that a picture is prepared by, and what it needs to go on
+    args = state.get("args", {})
+    require(isinstance(args, dict), "its args are no dictionary")
+    if "args" in state:
+        sides, long, sets = args.get("short_sides"), args.get("long_side"), args.get("sets", ["coco"])
+        require(isinstance(sides, list) and sides and all(number(side, int, 32, 10_000) for side in sides)
+                and number(long, int, 1, 10_000), f"args: sizes of pictures are {str((sides, long))[:40]!r}")
+        require(texts(sets) and sets and set(sets) <= {"coco", "vg"}, f"args: sets are {str(sets)[:40]!r}")
+        require(texts(args.get("without", [])), f"args: without is {str(args.get('without'))[:40]!r}")
+        require(args.get("text", "none") in ("caption", "none"), f"args: text is {str(args.get('text'))[:40]!r}")
+    if "step" in state or "optimizer" in state:
+        for name in ("step", "seconds", *(("best", "next_val") if c.task else ())):
+            require(number(state.get(name), int if name == "step" else float, -math.inf if name == "best" else 0, 1e15),
+                    f"its {name} is {str(state.get(name))[:40]!r}")
+        scores = state.get("scores")  # of a fine-tuning's best.pt
+        require("optimizer" in state or not c.task or isinstance(scores, dict) and all(
+            number(score, float, -1e15, 1e15) for score in scores.values()), "it has no scores")
 
 
 def load_weights(model, state, say=print):

@@ -225,15 +225,16 @@ def parse(argv):
         args = parser.parse_args(argv)
     path, state = resumable(args.resume, args.output)
     if state is not None:
+        check_kept(parser, state["args"], f"--resume {path}")
         parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
         args = parser.parse_args(argv)
     args.resume = path
     args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     if state is not None:
         for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
-            if getattr(args, flag) != state["args"][flag]:
+            if getattr(args, flag) != state["args"].get(flag):
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
-                                 f"{state['args'][flag]}; leave the flag away")
+                                 f"{state['args'].get(flag)}; leave the flag away")
     check_flags(args)
     weights_of(args.without, args.loss_weights)
     return args, state
@@ -247,22 +248,32 @@ NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone
                 "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "margin", "seed")
 
 
+# The most that makes any sense; beyond it memory is full or numbers overflow, far from the flag that was mistyped
+MOST = {"batch_size": 10 ** 6, "sentences_per_picture": 1000, "workers": 1000, "long_side": 10_000, "seed": 2 ** 62,
+        "negatives": 10 ** 6, "val_pictures": 10 ** 9, "encoder_layers": 1000, "decoder_layers": 1000, "steps": 10 ** 9,
+        **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16),
+        **dict.fromkeys(("lr", "lr_backbone", "lr_head", "weight_decay", "gamma", "margin"), 10 ** 6)}
+
+
 def check_flags(args):
     """Raise InputError for the first flag that is out of its bounds."""
     for flag, value in vars(args).items():
-        name = f"--{flag.replace('_', '-')} {value}"
+        name = f"--{flag.replace('_', '-')} {value!s:.40}"
         if value is None:
             continue
         if flag in POSITIVE and not 0 < value < math.inf:
             raise InputError(f"{name}: must be more than 0")
         if flag in NOT_NEGATIVE and not 0 <= value < math.inf:
             raise InputError(f"{name}: must be 0 or more")
+        if flag in (*POSITIVE, *NOT_NEGATIVE) and value > MOST.get(flag, 10 ** 12):
+            raise InputError(f"{name}: must be at most {MOST.get(flag, 10 ** 12):,}")
         if flag in ("dropout", "label_smoothing", "without_sentence") and not 0 <= value <= 1:
             raise InputError(f"{name}: must be from 0 to 1")
         if flag == "width" and value % 4:
             raise InputError(f"{name}: must be a multiple of 4 (sine positions take a quarter each)")
-        if flag == "short_sides" and min(value) < 32:
-            raise InputError(f"{name.replace(str(value), str(min(value)))}: must be 32 or more")
+        if flag == "short_sides" and not 32 <= min(value) <= max(value) <= MOST["long_side"]:
+            wrong = next(v for v in value if not 32 <= v <= MOST["long_side"])
+            raise InputError(f"--short-sides {wrong!s:.40}: must be from 32 to {MOST['long_side']:,}")
 
 
 def config_of(args, tokenizer, names, **more):
@@ -282,6 +293,47 @@ def mini_preset(parser):
         batch_size=32, minutes=18.5, epochs=40, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0,
         loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], val_pictures=200, val_every=500,
         output="runs/mini", checkpoint_minutes=5.0)
+
+
+def check_kept(parser, kept, source):
+    """InputError unless what a checkpoint keeps of its run's flags are values that the parser could have given."""
+    def require(fine, flag):
+        if not fine:
+            raise InputError(f"{source}: its run's --{flag.replace('_', '-')} is {str(kept.get(flag))[:40]!r}; the "
+                             "file is damaged, or of another version: give another one")
+
+    for flag in (*MODEL_FLAGS, "backbone_weights", "vocab"):
+        require(flag in kept, flag)
+    for flag in ("seed", "batch_size", "weight_decay", "lr", "lr_backbone", "epochs"):
+        require(kept.get(flag) is not None, flag)
+    decay = kept.get("decay", [])  # of fine-tuning, not a flag
+    require(isinstance(decay, list) and all(type(epoch) in (int, float) for epoch in decay), "decay")
+    for action in parser._actions:
+        flag, default = action.dest, parser.get_default(action.dest)
+        value = kept.get(flag, default)
+        free = value is None and flag in (*MODEL_FLAGS, "backbone_weights")  # fine-tuning leaves them to --init's file
+        if flag in ("help", "resume") or value is default or free:
+            continue
+        values = value if action.nargs == "+" and isinstance(value, list) else [value]
+        kinds = (bool,) if action.nargs == 0 else (int, float) if action.type is float else (action.type or str,)
+        require((values or default == []) and all(
+            type(v) in kinds and (not action.choices or v in action.choices) for v in values), flag)
+
+
+def load_optimizer(optimizer, kept, source):
+    """Give an optimiser its state back; its settings stay those of the flags. InputError if it is not of this model."""
+    own, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    state, groups = (kept.get(key) if isinstance(kept, dict) else None for key in ("state", "param_groups"))
+    fits = (isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
+            and [g.get("params") for g in groups] == [g["params"] for g in own["param_groups"]]
+            and all(at in range(len(parameters)) and isinstance(values, dict) and values.keys() == {
+                "step", "exp_avg", "exp_avg_sq"} and all(
+                torch.is_tensor(value) and value.shape == (() if name == "step" else parameters[at].shape)
+                and value.dtype == torch.float32 and value.isfinite().all() for name, value in values.items())
+                for at, values in state.items()))
+    if not fits:
+        raise InputError(f"{source}: its optimiser's state is not of this model; the file is damaged, give another one")
+    optimizer.load_state_dict({**own, "state": state})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -532,7 +584,7 @@ def train(args, state, stop):
     base_rates = [args.lr, args.lr_backbone]
     step = spent = 0
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"], f"--resume {args.resume}")
         step, spent = state["step"], state["seconds"]
     # DDP adds up the gradients in buckets while the backward pass still runs; views: they lie there and nowhere else
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model

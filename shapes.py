@@ -581,9 +581,11 @@ def write_world(folder, seed=1, train=4000, val=200, test=200):
 
     Raises InputError if the folder is in use, cannot be written, or a number is too small.
     """
-    for flag, value, least in (("--train", train, 16), ("--val", val, 1), ("--test", test, 2)):
-        if value < least:
-            raise InputError(f"{flag} {value}: must be {least} or more")
+    # With more, the numbers of COCO's splits would overlap; and Flickr30k's sentences do not tell more pictures apart
+    for flag, value, least, most in (("--train", train, 16, 76_000), ("--val", val, 1, 10_000),
+                                     ("--test", test, 2, 10_000)):
+        if not least <= value <= most:
+            raise InputError(f"{flag} {value}: must be from {least} to {most}")
     try:
         if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise InputError(f"--output {folder}: is there already; give another folder, or move it away")
@@ -601,8 +603,9 @@ def write_world(folder, seed=1, train=4000, val=200, test=200):
                                   "held_out": sorted(f"{colour} {kind}" for kind, colour in HELD_OUT)})
             w.bar.close()
             os.rename(w.folder, folder)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    except (OSError, RecursionError) as error:  # RecursionError: makedirs, of a thousand folders in one another
+        raise InputError(f"--output {folder[:200]}: cannot be written "
+                         f"({getattr(error, 'strerror', None) or error})") from None
 
 
 def main(argv=None):

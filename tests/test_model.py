@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import model as model_module
-from data import IMAGE_MEAN, IMAGE_STD, InputError
+from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, InputError
 from model import (
     E2EVLP,
     Attention,
@@ -446,13 +446,17 @@ def test_the_cache_changes_nothing_and_neither_does_the_batch(writer, beam):
 # ----------------------------------------------------------------------------------------------------------------
 # Weights and checkpoints
 
+# Of a small_model
+VOCABULARY = [*SPECIAL, *(f"w{n}" for n in range(45))]
+NAMES = {"coco": list("abc"), "vg": list("abcd"), "attributes": list("abcdef")}
+
 
 def test_a_checkpoint_holds_all_that_is_needed(tmp_path):
     model, path = small_model(), tmp_path / "model.pt"
-    save_checkpoint(str(path), model, ["[PAD]", "a"], {"coco": ["x"]}, step=7)
+    save_checkpoint(str(path), model, VOCABULARY, NAMES, step=7, seconds=1.5)
     assert os.listdir(tmp_path) == ["model.pt"]
     state = torch.load(path, weights_only=True)
-    assert state["vocabulary"] == ["[PAD]", "a"] and state["step"] == 7
+    assert state["vocabulary"] == VOCABULARY and state["names"] == NAMES and state["step"] == 7
     again = E2EVLP(load_checkpoint(str(path))["config"])
     again.load_state_dict(state["model"])
     again.eval()
@@ -496,6 +500,43 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content, says):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(str(path))
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda s: s.update(format="x"), "its format is 'x'"),
+    (lambda s: s["config"].update(queries="5"), "config: queries is '5'"),
+    (lambda s: s["config"].update(encoder_layers=10 ** 18), "config: encoder_layers is '1000000000000000000'"),
+    (lambda s: s["config"].update(dropout=math.nan), "config: dropout is 'nan'"),
+    (lambda s: s["config"].update(backbone=[]), "config: backbone is '[]'"),
+    (lambda s: s["config"].update(task="poetry"), "config: task is 'poetry'"),
+    (lambda s: s.update(vocabulary=["a"] * 50), "its vocabulary is not 50 different"),
+    (lambda s: s.update(vocabulary=[[], *VOCABULARY[1:]]), "its vocabulary is not 50 different"),
+    (lambda s: s.update(vocabulary=[*VOCABULARY[:-1], "\ud800"]), "its vocabulary is not 50 different"),
+    (lambda s: s.update(vocabulary=VOCABULARY[::-1]), "its vocabulary has no [PAD] at place 0"),
+    (lambda s: s.update(names=1.5), "its names are not lists"),
+    (lambda s: s["names"]["vg"].pop(), "its names are not as many"),
+    (lambda s: s["names"].update(coco=[1, 2, 3]), "its names are not lists"),
+    (lambda s: s["model"].pop("mlm_bias"), "1 weights are missing, unknown or of another shape, the first is"),
+    (lambda s: s["model"].update(mlm_bias=torch.zeros(50, dtype=torch.complex64)), "['mlm_bias']"),
+    (lambda s: s["model"].update(mlm_bias=None), "its weights are no tensors"),
+    (lambda s: s["model"]["mlm_bias"].fill_(math.nan), "the weights mlm_bias are not finite"),
+    (lambda s: s.update(args=[]), "its args are no dictionary"),
+    (lambda s: s["args"].update(short_sides=[10 ** 9]), "args: sizes of pictures"),
+    (lambda s: s["args"].update(sets=7), "args: sets are '7'"),
+    (lambda s: s["args"].update(without=7), "args: without is"),
+    (lambda s: s["args"].update(text=[]), "args: text is"),
+    (lambda s: s.update(step=-1), "its step is '-1'"), (lambda s: s.pop("seconds"), "its seconds is 'None'")])
+def test_a_checkpoint_that_somebody_has_edited(tmp_path, change, says):
+    model, path = small_model(), tmp_path / "model.pt"
+    save_checkpoint(str(path), model, VOCABULARY, copy.deepcopy(NAMES), step=7, seconds=1.5,
+                    args={"short_sides": [64], "long_side": 96, "sets": ["coco", "vg"], "without": []})
+    assert load_checkpoint(str(path))["step"] == 7
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
     with pytest.raises(InputError) as error:
         load_checkpoint(str(path))
     assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)

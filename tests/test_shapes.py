@@ -343,7 +343,7 @@ def test_the_folder_must_be_free_and_appears_whole_or_not_at_all(tmp_path, monke
 
 
 def test_numbers_that_are_too_small():
-    with pytest.raises(InputError, match="--train 3: must be 16 or more"):
+    with pytest.raises(InputError, match="--train 3: must be from 16 to 76000"):
         shapes.write_world("nowhere", train=3)
 
 
