@@ -467,6 +467,14 @@ def held_out(data, say=print):
     return coco, flickr
 
 
+def check_names(data, names, own, source):
+    """InputError, with the file that has them, unless the data's label sets are a checkpoint's."""
+    for key, file in (("coco", "coco/annotations/instances_train2017.json"), ("vg", "vg/objects_vocab.txt"),
+                      ("attributes", "vg/attributes_vocab.txt")):
+        if names[key] != own[key]:
+            raise InputError(f"--data {data}: its classes or attributes are not those of {source} ({file} has others)")
+
+
 def read_pretraining(data, sets=("coco", "vg"), say=print):
     """All that pre-training needs (section 4.1): a dict of
     train: [Picture]; val: [Picture], COCO val2017 less Karpathy's test pictures, with their Visual Genome annotation;
@@ -622,12 +630,12 @@ def read_nlvr2(data, split):
         examples.append(Example(name, files, text, target))
     if not examples:
         raise InputError(f"{path}: holds no record; download it again")
-    for folder in {os.path.dirname(f) for e in examples for f in e.files}:
-        there = on_disk(folder, data, root)
-        for e in examples:
-            for f in e.files:
-                if os.path.dirname(f) == folder and os.path.basename(f) not in there:
-                    raise InputError(f"{f}: not there, a picture of {e.id} in {path}")
+    there = {folder: on_disk(folder, data, root) if os.path.isdir(folder) else () for folder in {
+        os.path.dirname(f) for e in examples for f in e.files}}
+    for e in examples:
+        for f in e.files:
+            if os.path.basename(f) not in there[os.path.dirname(f)]:
+                raise InputError(f"{f}: not there, a picture of {e.id} in {path}; unpack the pictures there")
     return examples
 
 
@@ -1634,7 +1642,9 @@ def command(script, work):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except InputError as error:
-            code, says = 2, f"{script}: {error}"
+            # A name or a record can hold anything; the message is one line, of a length that can be read
+            says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+            code, says = 2, f"{script}: " + (says if len(says) <= 2000 else f"{says[:1000]} ... {says[-900:]}")
             if stop.saved:
                 says += (f"\n{script}: the last checkpoint is of step {stop.saved[0]}; go on with: "
                          f"{launch(script, ['--resume', stop.saved[1]])}")
@@ -1653,6 +1663,22 @@ def command(script, work):
         if int(os.environ.get("RANK", 0)) == 0:
             print(says, file=sys.stderr, flush=True)
         return code
+
+
+def write_safely(path, content):
+    """bytes or text to a temporary name, then renamed, so that `path` is always whole. InputError if that fails."""
+    name, path = path, os.path.realpath(path)  # a link stays a link
+    plain = not os.path.exists(path) or os.path.isfile(path)  # /dev/stdout is none, and is not to be replaced
+    temporary = f"{path}.{os.getpid()}.tmp" if plain else path
+    try:
+        with writing(name):
+            with open(temporary, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+            if plain:
+                os.replace(temporary, path)
+    finally:
+        if plain and os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def say_first(rank):
@@ -1751,11 +1777,7 @@ def main(argv=None):
         for text in said:
             print(f"note: {text}")
         if args.json:
-            try:
-                with open(args.json, "w", encoding="utf-8") as file:
-                    json.dump({"parts": parts, "notes": said}, file, indent=1)
-            except OSError as error:
-                raise InputError(f"--json {args.json}: cannot be written ({error.strerror})") from None
+            write_safely(args.json, json.dumps({"parts": parts, "notes": said}, indent=1))
 
     return command("data.py", work)
 

@@ -56,6 +56,7 @@ from data import (
     InputError,
     Tokenizer,
     attempt,
+    check_names,
     command,
     decodable,
     gathered,
@@ -75,7 +76,7 @@ from data import (
     start_processes,
     stop_processes,
     to_pixels,
-    writing,
+    write_safely,
 )
 from matcher import hungarian_match
 from model import E2EVLP, TASKS, load_checkpoint
@@ -1257,22 +1258,6 @@ def watched(modules, first=None):
 # Drawing
 
 
-def write_safely(path, content):
-    """bytes or text to a temporary name, then renamed, so that `path` is always whole. InputError if that fails."""
-    name, path = path, os.path.realpath(path)  # a link stays a link
-    plain = not os.path.exists(path) or os.path.isfile(path)  # /dev/stdout is none, and is not to be replaced
-    temporary = f"{path}.{os.getpid()}.tmp" if plain else path
-    try:
-        with writing(name):
-            with open(temporary, "wb") as file:
-                file.write(content if isinstance(content, bytes) else content.encode())
-            if plain:
-                os.replace(temporary, path)
-    finally:
-        if plain and os.path.exists(temporary):
-            os.remove(temporary)
-
-
 def as_png(image, **options):
     file = io.BytesIO()
     image.save(file, format="PNG", **options)
@@ -2124,7 +2109,7 @@ def report_page(runs, limit=5_000_000):
                  "pictures": '<a href="#gallery">Pictures</a>' if gallery else ""}
         # All at once: a sentence may have braces of its own
         page = re.sub(r"{{(\w+)}}", lambda found, parts=parts: parts[found[1]], template)
-        if len(page.encode()) <= limit or not most:
+        if len(page.encode(errors="backslashreplace")) <= limit or not most:
             return page
         most //= 2
 
@@ -2269,8 +2254,7 @@ def run(args, rank=0, world=1):
 
     def read():
         data = index_pretraining(args.data, state["args"]["sets"], args.index, say_first(rank))
-        if data["names"] != names:
-            raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.checkpoint}")
+        check_names(args.data, data["names"], names, args.checkpoint)
         if not data["val"]:
             raise InputError(f"--data {args.data}: no held-out picture with a sentence")
         return decodable(data["val"][:args.examples or 1000], say_first(rank))
@@ -2289,7 +2273,8 @@ def run_task(args, model, tokenizer, names, settings):
     def read():
         found = index_task(args.task, args.data, args.split, args.index, say_first(rank))
         if args.task == "detection" and found["categories"] != names["coco"]:
-            raise InputError(f"--data {args.data}: COCO's categories are not those of {args.checkpoint}")
+            raise InputError(f"--data {args.data}: COCO's categories are not those of {args.checkpoint} "
+                             f"(instances_{args.split}2017.json has others)")
         rows, examples = None, found["examples"][:args.examples] if args.examples else found["examples"]
         if args.task == "flickr30k" and args.submit:
             with open(args.checkpoint, "rb") as file:

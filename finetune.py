@@ -313,7 +313,8 @@ def build(args, state, answers, categories, say):
         raise InputError(f"{source}: {len(answers)} answers, but not the {config.answers} of {args.init}; give its "
                          "list, or a pre-trained --init")
     if args.task == "detection" and state["names"]["coco"] != categories:
-        raise InputError(f"--data {args.data}: COCO's categories are not those of {args.init}")
+        raise InputError(f"--data {args.data}: COCO's categories are not those of {args.init} "
+                         "(instances_train2017.json has others)")
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
     model = E2EVLP(replace(config, task=args.task, answers=len(answers), dropout=args.dropout))
     load_weights(model, state["model"], say)

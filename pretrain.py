@@ -47,6 +47,7 @@ from data import (
     PretrainingSet,
     Tokenizer,
     attempt,
+    check_names,
     collate,
     command,
     decodable,
@@ -560,8 +561,8 @@ def train(args, state, stop):
     def build():
         data = index_pretraining(args.data, args.sets, args.index, say)
         names = data["names"]
-        if state is not None and state["names"] != names:
-            raise InputError(f"--data {args.data}: its classes or attributes are not those of {args.resume}")
+        if state is not None:
+            check_names(args.data, names, state["names"], args.resume)
         tokenizer = Tokenizer(state["vocabulary"] if state else args.vocab or f"{args.data}/vocab.txt")
         torch.manual_seed(args.seed)  # the same weights in each process
         model = E2EVLP(state["config"] if state else config_of(args, tokenizer, names))

@@ -490,8 +490,10 @@ def make_case(seed, number, kit, folder, flags):
         for action in actions:
             flag, *values = odd_flag(rng, action)
             case.words += [flag, *values]
-            if flag in WRITES:  # then it is told to write there
-                case.may += [os.path.normpath(value) for value in values] + [f"{value}/.index" for value in values]
+            case.culprits += tuple(f"{value}: " for value in values if value)  # or the file that it names
+            if flag in WRITES:  # then it is told to write there, and may make the folders above
+                case.may += [os.path.normpath(value) for value in values] + [f"{value}/.index" for value in values] + [
+                    value.split("/")[0] for value in values if value.startswith("missing/")]
             elif flag == "--resume":
                 case.may += [os.path.dirname(value) for value in values]
         return case
