@@ -441,7 +441,7 @@ def train(args, state, stop):
         if mark > best:
             best = mark
             save_checkpoint(os.path.join(args.output, "best.pt"), model, tokenizer.vocabulary, names, args=kept,
-                            step=step, best=best, scores=scores)
+                            step=step, seconds=spent, best=best, next_val=next_val, scores=scores)
 
     def validate():
         nonlocal next_val

@@ -819,6 +819,9 @@ def check_state(state, source):
         for name in ("step", "seconds", *(("best", "next_val") if c.task else ())):
             require(number(state.get(name), int if name == "step" else float, -math.inf if name == "best" else 0, 1e15),
                     f"its {name} is {str(state.get(name))[:40]!r}")
+        require(texts(state.get("broken", [])), "its broken is no list of texts")
+        for name in ("log_size", "bad_steps"):
+            require(number(state.get(name, 0), int, 0, 1e15), f"its {name} is {str(state.get(name))[:40]!r}")
         scores = state.get("scores")  # of a fine-tuning's best.pt
         require("optimizer" in state or not c.task or isinstance(scores, dict) and all(
             number(score, float, -1e15, 1e15) for score in scores.values()), "it has no scores")

@@ -401,6 +401,8 @@ class Output:
         """Write last.pt; collective."""
         def write():
             if self.rank == 0:
+                if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+                    raise InputError(f"step {step}: the weights are not finite, and not kept; try a lower --lr")
                 with writing(self.file), open(self.file, "a") as file:  # what belongs to it is on the disk before it is
                     os.fsync(file.fileno())
                 save_checkpoint(self.last, model, tokenizer.vocabulary, names, previous=self.previous, step=step,

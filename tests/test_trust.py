@@ -250,22 +250,30 @@ def test_a_step_that_is_not_finite_is_skipped(whole, world, tmp_path, monkeypatc
     assert line["step"] == 2 and line["bad_steps"] == 1 and len(line["pictures"]) == 4
 
 
-def test_too_many_steps_that_are_not_finite(world, tmp_path, capsys):
-    flags = [*flags_of(world, tmp_path / "run"), "--lr", "1e30", "--steps", "9", "--max-bad-steps", "2"]
-    assert pretrain.main(flags) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert "3 steps with a loss that is not finite (--max-bad-steps 2)" in first and "lower --lr" in first
-    step = load_checkpoint(str(tmp_path / "run" / "last.pt"))["step"]
-    assert f"the last checkpoint is of step {step}; go on with" in second
-
-
-def test_too_many_steps_that_are_not_finite_in_fine_tuning(world, tmp_path, capsys):
-    assert finetune.main([
-        "--task", "nlvr2", "--init", "none", *TINY[:TINY.index("--val-pictures")], "--log-every", "1", "--data", world,
-        "--output", str(tmp_path / "run"), "--lr", "1e30", "--lr-backbone", "1e30", "--steps", "9",
-        "--max-bad-steps", "1"]) == 2
+@pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
+def test_too_many_steps_that_are_not_finite(script, world, tmp_path, monkeypatch, capsys):
+    """Two are skipped, at the third the run stops, with a checkpoint."""
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *words: clip(*words) * math.nan)
+    flags = [*TINY[:TINY.index("--val-pictures")], "--log-every", "1", "--data", world, "--output",
+             str(tmp_path / "run"), "--steps", "9", "--max-bad-steps", "2"]
+    assert script.main(flags + ["--task", "nlvr2", "--init", "none"] * (script is finetune)) == 2
     said = capsys.readouterr()
-    assert "2 steps with a loss that is not finite" in said.err and "skipped; pictures " in said.out
+    first, second = said.err.splitlines()
+    assert "3 steps with a loss that is not finite (--max-bad-steps 2)" in first and "lower --lr" in first
+    assert "the last checkpoint is of step 3; go on with" in second and said.out.count("skipped; pictures ") == 3
+    state = load_checkpoint(str(tmp_path / "run" / "last.pt"))
+    assert state["step"] == state["bad_steps"] == 3 and state["optimizer"]["state"] == {}
+
+
+def test_weights_that_are_not_finite_are_not_kept(copy, monkeypatch, capsys):
+    """No later step could mend them, and the two checkpoints would soon be gone."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf))
+    assert pretrain.main(["--resume", str(copy / "last.pt"), "--steps", "9"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "step 7: the weights are not finite, and not kept; try a lower --lr" in first
+    assert "the last checkpoint is of step 6" in second
+    assert [load_checkpoint(str(copy / name))["step"] for name in names_of(copy)] == [6, 5]
 
 
 # ----------------------------------------------------------------------------------------------------------------
