@@ -14,19 +14,26 @@ import bench
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
 from PIL import Image
 from transformers import BertTokenizer
 
 import data as data_module
 from data import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     SHORT_SIDES,
     Batches,
+    Example,
     InputError,
     Picture,
     PretrainingSet,
+    TaskSet,
     Tokenizer,
     collate,
+    collate_task,
+    common_answers,
     first_decodable,
     index_pretraining,
     index_task,
@@ -34,6 +41,8 @@ from data import (
     mask_words,
     pad_pictures,
     read_coco,
+    read_karpathy,
+    read_nlvr2,
     read_pretraining,
     read_task,
     read_vg,
@@ -270,10 +279,71 @@ def test_photographs_of_flickr30ks_test_split_are_known_by_their_address_too(fil
     assert "1 pictures of train2017 are in Flickr30k's val or test split" in str(say)
 
 
+def test_a_name_of_two_classes_means_the_first(files):
+    """The vocabularies of bottom-up-attention have such names; the first line is the class that is more frequent."""
+    files["vg/objects_vocab.txt"] = "person,man\nautomobile,car,cars\nvehicle,car,man\n"
+    files["vg/attributes_vocab.txt"] = "red\nlarge,big\nhuge,big,red\n"
+    files.write()
+    boxes, labels, attributes = read_vg(files.folder, Silent())[0][1].vg
+    assert labels.tolist() == [1] and attributes == [(0, 1)]
+
+
 @pytest.mark.parametrize("sets,names", [(["coco"], {"coco 9", "coco 25"}), (["vg"], {"vg 1", "vg 2", "vg 6"})])
 def test_one_set_alone(files, sets, names):
     found = read_pretraining(files.folder, sets, Silent())
     assert {p.name for p in found["train"]} == names
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The tasks' records
+
+
+def test_karpathys_restval_is_trained_on(files):
+    """113,287 pictures of train and restval together, as everybody trains captioning."""
+    files["coco/dataset_coco.json"]["images"] = [
+        {"cocoid": number, "split": split, "filepath": "train2014", "sentences": [{"raw": f" {split} "}]}
+        for number, split in ((9, "train"), (25, "val"), (30, "restval"))]
+    files.write()
+    assert [(e.id, e.sentences) for e in read_karpathy(files.folder, "coco", "train")] == [
+        (9, ("train",)), (30, ("restval",))]
+    assert [e.id for e in read_karpathy(files.folder, "coco", "val")] == [25]
+
+
+def test_nlvr2_is_read_as_it_is(world):
+    with open(f"{world}/nlvr2/dev.json", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    examples = read_nlvr2(world, "dev")
+    assert [(e.id, e.text, e.target) for e in examples] == [
+        (r["identifier"], r["sentence"], int(r["label"] == "True")) for r in lines]
+    name = f"{world}/nlvr2/images/dev/{lines[0]['identifier'][:-2]}"
+    assert examples[0].files == (f"{name}-img0.png", f"{name}-img1.png")
+
+
+def test_answers_in_the_list_are_those_given_nine_times():
+    assert common_answers({"red": 9, "blue": 8, "a": 10}) == ["a", "red"]
+
+
+def test_the_target_of_an_answer_is_its_score(world, vocabulary):
+    """Bottom-up-attention's: of n people, 0.3, 0.6, 0.9, 1. It is the official score but for the last of ten sets."""
+    said = ["red"] + ["two"] * 2 + ["Blue"] * 3 + ["no"] * 4
+    data = TaskSet("vqa", index_task("vqa", world, "val")["examples"], Tokenizer(vocabulary),
+                   ["2", "blue", "green", "no", "red"])
+    target = data.target(Example(1, (), answers=tuple(said)))
+    torch.testing.assert_close(target, torch.tensor([0.6, 0.9, 0.0, 1.0, 0.3]))
+
+
+def test_a_pictures_sentences_are_drawn_anew_at_each_visit(world, vocabulary):
+    data = TaskSet("flickr30k", index_task("flickr30k", world, "val")["examples"], Tokenizer(vocabulary),
+                   short_sides=[32], long_side=48)
+    drawn = [data[epoch, 0, 0]["tokens"] for epoch in range(40)]
+    assert len({str(tokens) for tokens in drawn}) == 5 and data[7, 0, 0]["tokens"] == drawn[7]
+
+
+def test_left_pictures_come_first_in_a_batch():
+    items = [{"images": [torch.full((3, 2, 2), 10 * n + side, dtype=torch.uint8) for side in (0, 1)],
+              "tokens": [[2, 3]], "targets": [1], "ids": [n], "broken": []} for n in range(3)]
+    batch = collate_task(items, 0)
+    assert batch["images"][:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21] and batch["picture"].tolist() == [0, 1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -325,6 +395,11 @@ def test_sizes_follow_detrs_rule(size, short):
     assert abs(height - size[0] * scale) <= 0.5 and abs(width - size[1] * scale) <= 0.5
     assert min(height, width) <= short and max(height, width) <= 1333
     assert min(height, width) == short or max(height, width) == 1333
+
+
+def test_pixels_are_normalised_as_imagenets_weights_expect():
+    theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
+    assert list(IMAGE_MEAN) == theirs.mean and list(IMAGE_STD) == theirs.std
 
 
 def test_boxes_follow_the_picture():
@@ -425,6 +500,7 @@ def test_masking_has_berts_proportions(vocabulary):
     tokenizer, rng = Tokenizer(vocabulary), random.Random(0)
     sentence = [tokenizer.cls, *range(5, 25), tokenizer.sep]
     chosen = masked = kept = places = none = 0
+    shown = set()
     repeats = 20000
     for _ in range(repeats):
         tokens, labels = mask_words(sentence, tokenizer, rng)
@@ -432,12 +508,15 @@ def test_masking_has_berts_proportions(vocabulary):
         asked = [i for i, label in enumerate(labels) if label >= 0]
         assert all(labels[i] == sentence[i] for i in asked)
         assert all(tokens[i] == sentence[i] for i in range(len(sentence)) if i not in asked)
+        shown |= {tokens[i] for i in asked}
         places, chosen, none = places + 20, chosen + len(asked), none + (not asked)
         masked += sum(tokens[i] == tokenizer.mask for i in asked)
         kept += sum(tokens[i] == sentence[i] for i in asked)
     assert chosen / places == pytest.approx(0.15, abs=0.003)
     assert masked / chosen == pytest.approx(0.8, abs=0.01)
     assert kept / chosen == pytest.approx(0.1 + 0.1 / (len(tokenizer) - 5), abs=0.01)
+    # A random [PAD] would be masked, a random [SEP] end the sentence
+    assert shown == {tokenizer.mask, *range(len(SPECIAL), len(tokenizer))}
     assert none / repeats == pytest.approx(0.85 ** 20, abs=0.01)  # each word on its own, so some sentences have none
 
 

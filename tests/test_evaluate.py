@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from data import Tokenizer, read_pretraining
+from data import Example, Tokenizer, index_task, read_pretraining
 from evaluate import Phrases, average_precision, boxes_in_pixels, measure, questions
 from model import Memory, load_checkpoint, save_checkpoint
 
@@ -167,13 +167,14 @@ def test_measures_do_not_depend_on_the_batch_and_blind_sees_no_picture(world, da
 
 def test_blind_pictures_are_all_alike(world, data, tokenizer, monkeypatch):
     seen = []
-    model = small_trained(world, tokenizer, data)
+    model = small_trained(world, tokenizer, data).train()
     inner = model.encode_picture
     monkeypatch.setattr(model, "encode_picture", lambda images, sizes: seen.append(images) or inner(images, sizes))
     pictures = [p for p in data["val"] if p.size == data["val"][0].size]
     measure(model, tokenizer, data["names"], pictures, blind=True, short=64, long=96)
     for images in seen:
         assert all(torch.equal(image, images[0]) for image in images)
+    assert not model.training
 
 
 class Oracle:
@@ -235,6 +236,68 @@ def test_a_model_that_knows_scores_one(data, tokenizer):
     """Truth put in at the model's outputs must come out as 1 for each measure: nothing is lost on the way."""
     measures = measure(Oracle(data, tokenizer), tokenizer, data["names"], data["val"], short=64, long=96, batch_size=3)
     assert len(measures) == 10 and measures == pytest.approx(dict.fromkeys(measures, 1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What a model answers to the tasks
+
+
+def few(task, world, n=4):
+    return index_task(task, world, "val", say=lambda text: None)["examples"][:n]
+
+
+def test_a_row_of_retrieval_has_the_sentences_in_their_order(world, data, tokenizer):
+    """One pair at a time, in place of batches of sentences of like length."""
+    model, examples = small_trained(world, tokenizer, data), few("flickr30k", world, 2)
+    rows = evaluate.answer_task("flickr30k", model, tokenizer, data["names"], examples, short=64, long=96)
+    with torch.no_grad():
+        for e, row in zip(examples, rows):
+            pixels = evaluate.to_pixels(evaluate.load_picture(e.files[0]), 64, 96)
+            grid = model.encode_picture(pixels[None], torch.tensor([pixels.shape[1:]]))
+            expected = [model.similarity(grid, torch.tensor([tokenizer.encode(s)])).item()
+                        for other in examples for s in other.sentences]
+            assert row.tolist() == pytest.approx(expected, abs=1e-4) and len(set(row.tolist())) == len(row) == 10
+
+
+class Brightest:
+    """Knows of a picture how bright it is: a statement is true if its left picture is the brighter one."""
+
+    def __init__(self):
+        self.training, self.seen = True, []
+
+    def eval(self):
+        self.training = False
+
+    def encode_picture(self, images, sizes):
+        assert not self.training
+        self.seen += [image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist())]
+        return Memory(torch.stack([x.float().mean() for x in self.seen[-len(images):]]).view(-1, 1, 1),
+                      torch.zeros(len(images), 1, 1), None)
+
+    def judge_statements(self, grid, tokens):
+        left, right = grid.states.flatten().chunk(2)
+        return F.one_hot((left > right).long(), 2)
+
+
+def test_each_statement_is_about_its_two_pictures_and_blind_about_none(world, data, tokenizer):
+    examples, settings = few("nlvr2", world, 8), {"short": 64, "long": 96, "batch_size": 3}
+    said = evaluate.answer_task("nlvr2", Brightest(), tokenizer, data["names"], examples, **settings)
+    bright = [[evaluate.to_pixels(Image.open(f).convert("RGB"), 64, 96).float().mean() for f in e.files]
+              for e in examples]
+    assert said == [str(bool(left > right)) for left, right in bright] and set(said) == {"True", "False"}
+    blind = Brightest()
+    evaluate.answer_task("nlvr2", blind, tokenizer, data["names"], examples, blind=True, **settings)
+    alike = {}
+    for image in blind.seen:
+        assert torch.equal(image, alike.setdefault(image.shape, image))
+    assert len(blind.seen) == 16 > len(alike)
+
+
+def test_results_have_cocos_own_numbers():
+    """Its 80 classes have ids up to 90."""
+    boxes = [[(2, (1.0, 2.0, 3.0, 4.0), 0.5)], []]
+    found = evaluate.results_of("detection", boxes, [Example(7, ()), Example(8, ())], [1, 2, 4])
+    assert found == [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4], "score": 0.5}]
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from conftest import TINY, run_command, small_model
 import evaluate
 import finetune
 from data import TaskSet, Tokenizer, collate_task, common_answers, index_task, read_karpathy, read_nlvr2, read_vqa
+from matcher import set_loss
 from model import TASKS, load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -21,6 +22,9 @@ KEYS = {"vqa": {"overall", "yes/no", "number", "other"}, "nlvr2": {"accuracy", "
         "caption": {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "caption_objects"},
         "flickr30k": {"IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10"},
         "detection": {"AP", "AP50", "AP75", "APs", "APm", "APl"}}
+
+LEARNT = {"vqa": set(), "nlvr2": set(), "caption": {"decoder", "caption"}, "flickr30k": {"itm"},  # answer, pair: new
+          "detection": {"decoder", "query_positions", "classes", "box"}}
 
 
 def run(script, *words, launch=()):
@@ -51,7 +55,7 @@ def tuned(world, pretrained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_path):
+def test_each_task_trains_validates_and_is_evaluated(task, tuned, pretrained, world, tmp_path):
     folder, said = tuned(task)
     with open(f"{folder}/log.jsonl") as file:
         *steps, val = map(json.loads, file)
@@ -62,6 +66,14 @@ def test_each_task_trains_validates_and_is_evaluated(task, tuned, world, tmp_pat
     assert set(scores) == KEYS[task]
     assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl", "previous.pt", "report.html",
                                              "report.json"]
+    # What the task needs has learnt, and nothing else
+    before, after = load_checkpoint(pretrained)["model"], load_checkpoint(f"{folder}/last.pt")
+    learnt = {name.split(".")[0] for name, value in before.items() if not torch.equal(after["model"][name], value)}
+    assert learnt == {"sentence", "encoder", "backbone"} | LEARNT[task]
+    if task == "nlvr2":  # --mini has the new classifier learn three times as fast, and the ResNet not at all
+        rest, head, resnet = (group["lr"] for group in after["optimizer"]["param_groups"])
+        assert head == pytest.approx(3 * rest) and resnet == 0
+        assert all(torch.equal(after["model"][name], value) for name, value in before.items() if "resnet" in name)
     if task in ("vqa", "nlvr2"):
         head = {"vqa": "answer", "nlvr2": "pair"}[task]
         assert f"not in the checkpoint, starts anew: {head}.0.weight" in said
@@ -91,7 +103,10 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(pretrained, world, tmp_path):
              "0.1", "--val-examples", "4"]
     run("finetune.py", *words, "--output", tmp_path / "whole", "--steps", "3")
     run("finetune.py", *words, "--output", tmp_path / "parts", "--steps", "2")
+    best = torch.load(tmp_path / "parts" / "best.pt")
+    torch.save({**best, "best": 3.0}, tmp_path / "parts" / "best.pt")  # better than any can be: it stays
     run("finetune.py", "--resume", tmp_path / "parts" / "last.pt", "--steps", "3")
+    assert torch.load(tmp_path / "parts" / "best.pt")["best"] == 3.0
     whole, parts = (load_checkpoint(str(tmp_path / name / "last.pt")) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 3
     for name, tensor in whole["model"].items():
@@ -168,14 +183,18 @@ def test_several_processes_score_as_one(tuned, world, pretrained, tmp_path):
 
 def test_circle_loss_equals_a_slow_loop():
     torch.manual_seed(0)
-    right, wrong = torch.rand(6, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64)
+    right = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    wrong = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
     found = finetune.circle_loss(right, wrong, margin=0.25, gamma=32.0)
     for n in range(6):
         total = 0.0
-        for s in wrong[n].tolist():
-            a_n, a_p = max(0.0, s + 0.25), max(0.0, 1.25 - float(right[n]))
-            total += np.exp(32 * a_n * (s - 0.25)) * np.exp(-32 * a_p * (float(right[n]) - 0.75))
-        assert float(found[n]) == pytest.approx(np.log(1 + total), rel=1e-9)
+        for s in wrong[n]:
+            a_n, a_p = max(0.0, s.item() + 0.25), max(0.0, 1.25 - right[n].item())  # numbers: no gradient goes there
+            total = total + torch.exp(32 * a_n * (s - 0.25)) * torch.exp(-32 * a_p * (right[n] - 0.75))
+        torch.testing.assert_close(found[n], torch.log(1 + total), rtol=1e-9, atol=0)
+        for ours, slow in zip(*(torch.autograd.grad(loss, (right, wrong), retain_graph=True)
+                                for loss in (found[n], torch.log(1 + total)))):
+            torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-12)
 
 
 def test_circle_loss_limits():
@@ -212,7 +231,7 @@ def a_batch(task, world, K, n=4):
     found = index_task(task, world, "train", say=lambda text: None)
     examples, answers = found["examples"], common_answers(found["targets"]) if task == "vqa" else []
     model = small_model(vocabulary=len(tokenizer), max_tokens=40, task=task, answers=len(answers), cls=tokenizer.cls,
-                        pad=tokenizer.pad, sep=tokenizer.sep, mask=tokenizer.mask)
+                        classes={"coco": 6, "vg": 6}, pad=tokenizer.pad, sep=tokenizer.sep, mask=tokenizer.mask)
     trainset = TaskSet(task, examples, tokenizer, answers, short_sides=[64], long_side=96, sentences_per_picture=K)
     return model, args, collate_task([trainset[0, i, 0] for i in range(n)], tokenizer.pad)
 
@@ -223,6 +242,41 @@ def test_questions_that_share_a_picture_are_learnt_as_if_alone(world):
     assert len(together["images"]) == 1 and len(alone["images"]) == 4 and together["ids"] == alone["ids"]
     losses = [finetune.Objective(model, args)(batch, [4])["loss_vqa"] for batch in (together, alone)]
     torch.testing.assert_close(*losses)
+
+
+def test_a_questions_loss_is_the_sum_over_all_answers(world):
+    """As in bottom-up-attention; a mean over 3,129 answers would leave nothing of it."""
+    model, args, batch = a_batch("vqa", world, 1)
+    found = finetune.Objective(model, args)(batch, [4])["loss_vqa"]
+    chance = model.answer_questions(model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"]).sigmoid()
+    expected = -(batch["targets"] * chance.log() + (1 - batch["targets"]) * (1 - chance).log()).sum() / 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_captions_loss_is_of_each_next_word(world):
+    model, args, batch = a_batch("caption", world, 2)
+    counts, memory = finetune.counts_of(batch, args, model.config), model.encode(
+        model.encode_picture(batch["images"], batch["sizes"]))
+    total = words = 0
+    for n, tokens in enumerate(batch["tokens"]):
+        tokens = tokens[tokens != model.config.pad]
+        log_p = model.decode_caption(memory.rows(batch["picture"][n:n + 1]), tokens[None]).log_softmax(-1)[0]
+        for at, word in enumerate(tokens[1:]):
+            total = total - 0.9 * log_p[at, word] - 0.1 * log_p[at].mean()
+            words += 1
+    assert args.label_smoothing == 0.1 and counts == [words]
+    torch.testing.assert_close(finetune.Objective(model, args)(batch, counts)["loss_caption"], total / words)
+
+
+def test_detection_learns_cocos_classes_with_the_sentence(world):
+    model, args, batch = a_batch("detection", world, 1)
+    counts = finetune.counts_of(batch, args, model.config)
+    grid = model.encode_picture(batch["images"], batch["sizes"])
+    states = model.decode_objects(model.encode(grid, batch["tokens"]))
+    expected = set_loss({"logits": {"coco": model.classes["coco"](states)}, "boxes": model.box(states).sigmoid(),
+                         "attributes": model.attribute(states)}, batch["targets"])
+    for name, value in finetune.Objective(model, args)(batch, counts).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_retrieval_loss_equals_a_loop_over_its_pairs(world):

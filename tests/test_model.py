@@ -152,6 +152,45 @@ def test_positions_go_to_queries_and_keys_but_not_to_values():
     torch.testing.assert_close(layer(x, positions, None), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_positions_of_the_decoder_go_to_queries_and_keys_but_not_to_values():
+    layer, own, cross = DecoderLayer(CONFIG), *(nn.MultiheadAttention(64, 2, batch_first=True) for _ in range(2))
+    copy_attention(layer.self_attention, own)
+    copy_attention(layer.cross_attention, cross)
+    x, places = torch.randn(2, 6, 64), torch.randn(6, 64)
+    memory = Memory(torch.randn(2, 7, 64), torch.randn(2, 7, 64), None)
+    y = layer.norm1(x + own(x + places, x + places, x)[0])
+    y = layer.norm2(y + cross(y + places, memory.states + memory.positions, memory.states)[0])
+    expected = layer.norm3(y + layer.feed_forward(y))
+    torch.testing.assert_close(layer(x, places, memory), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_dropped_when_a_model_answers():
+    model, batch = small_model(dropout=0.5), small_batch()
+    torch.testing.assert_close(model(batch)["objects"]["boxes"], small_model()(batch)["objects"]["boxes"])
+
+
+def test_new_layers_change_little_but_cross_attention_does():
+    """Xavier draws from -a to a, a = sqrt(6 / (in + out)); what a layer adds to its input starts at a twentieth."""
+    model, bound = small_model(), math.sqrt(6 / (64 + 32))  # all these matrices have 64 inputs and 32 outputs
+    for layer in (*model.encoder, *model.decoder):
+        last = {"feed forward": layer.feed_forward[3], **{
+            name: getattr(layer, name).out for name in ("attention", "self_attention") if hasattr(layer, name)}}
+        for name, linear in last.items():
+            assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20, name
+    for layer in model.decoder:
+        assert 0.9 * bound < layer.cross_attention.out.weight.abs().max() < bound
+
+
+def test_a_channel_without_variance_is_scaled_as_torchvision_does():
+    """ImageNet's weights have such channels, of filters that have died."""
+    ours, theirs = FrozenBatchNorm(4), torchvision.ops.FrozenBatchNorm2d(4)
+    theirs.running_var.copy_(torch.tensor([0.0, 1e-12, 1e-5, 1.0]))
+    theirs.running_mean.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    x, (scale, shift) = torch.randn(2, 4, 3, 3), ours.scale_and_shift()
+    torch.testing.assert_close(x * scale[:, None, None] + shift[:, None, None], theirs(x))
+
+
 def test_backbone_equals_torchvisions(tmp_path):
     torch.manual_seed(1)
     resnet = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
@@ -284,6 +323,49 @@ def test_a_batch_without_padding_is_not_masked(monkeypatch):
     model.encode_picture(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
     assert len(seen) == 14 and all(masks is None for masks in seen)  # 13 convolutions of 3x3 or 7x7, and the pooling
     assert inner is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The heads
+
+
+@torch.no_grad()
+def test_each_head_reads_what_it_is_for():
+    """Of pre-training's one pass, and of the tasks: the formula, for one sentence and picture at a time."""
+    model, batch = small_model(), small_batch()
+    model.mlm_bias.normal_()
+    out, places = model(batch), batch["mlm_places"].tolist()
+    B, K, T = batch["tokens"].shape
+    grid = model.encode_picture(batch["images"], batch["sizes"])
+    for n, tokens in enumerate(batch["tokens"].flatten(0, 1)):
+        states = model.encode(grid.rows(torch.tensor([n // K])), tokens[None]).states[0]
+        torch.testing.assert_close(out["itm"][n], model.itm(states[0]), rtol=1e-4, atol=1e-5)
+        for at in range(T):
+            if n * T + at in places:
+                expected = model.sentence.token.weight @ model.mlm_transform(states[at]) + model.mlm_bias
+                torch.testing.assert_close(out["mlm"][places.index(n * T + at)], expected, rtol=1e-4, atol=1e-5)
+    assert 0 < out["objects"]["boxes"].min() and out["objects"]["boxes"].max() < 1
+
+
+@torch.no_grad()
+def test_a_statement_is_read_with_its_own_two_pictures():
+    model, batch = small_model(task="nlvr2"), small_batch(((64, 64),) * 6)
+    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:3, 0]
+    found = model.judge_statements(grid, tokens)  # the left pictures are 0, 1, 2, the right ones 3, 4, 5
+    for n in range(3):
+        both = [model.encode(grid.rows(torch.tensor([i])), tokens[n:n + 1]).states[:, 0] for i in (n, n + 3)]
+        torch.testing.assert_close(found[n], model.pair(torch.cat(both, 1))[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_similarity_is_the_log_odds_of_belonging_together_in_full_precision():
+    model, batch = small_model(), small_batch()
+    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:, 0]
+    chance = model.itm(model.read(grid, tokens)).softmax(-1)[:, 1]
+    torch.testing.assert_close(model.similarity(grid, tokens).sigmoid(), chance)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.similarity(grid, tokens)
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -476,6 +558,32 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, mon
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(str(path), small_model(), [], {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut may leave the name with nothing behind it."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
+    save_checkpoint(str(tmp_path / "model.pt"), small_model(), [], {})
+    assert done[:2] == ["fsync", "replace"]
+
+
+class Program:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_cannot_run_a_program(tmp_path):
+    torch.save({"format": Program(str(tmp_path / "ran"))}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="not a PyTorch file, or damaged"):
+        load_checkpoint(str(tmp_path / "x.pt"))
+    assert os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_loading_for_another_stage_names_what_does_not_fit():

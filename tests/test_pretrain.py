@@ -38,7 +38,8 @@ def ok(done):
 def run(world, tmp_path_factory):
     """A finished run of four steps: (its folder, what it printed)."""
     folder = str(tmp_path_factory.mktemp("run") / "out")
-    done = run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4", "--schedule", "step")
+    done = run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4", "--schedule", "step",
+                       "--dropout", "0.1")
     return folder, ok(done)
 
 
@@ -75,11 +76,11 @@ def test_the_checkpoint_says_how_it_was_made(run, world):
 
 
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(run, world, command, tmp_path):
-    options = [*TINY, "--data", world, "--output", tmp_path / "out", "--schedule", "step"]
+    options = [*TINY, "--data", world, "--output", tmp_path / "out", "--schedule", "step", "--dropout", "0.1"]
     ok(command("pretrain.py", *options, "--steps", 2))
     with open(tmp_path / "out" / "log.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 99}\n{"step": 4, "lo')  # what a killed run may leave after its checkpoint
-    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", "--steps", 4))
+    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", "--steps", 4, "--val-every", 3))
     whole, parted = load_checkpoint(f"{run[0]}/last.pt"), load_checkpoint(str(tmp_path / "out" / "last.pt"))
     for name, value in whole["model"].items():
         assert torch.equal(value, parted["model"][name]), name
@@ -117,13 +118,18 @@ def one_step(world, weights, tmp_path_factory):
 
 @pytest.mark.parametrize("launch,flags", [(TORCHRUN, {}), ((), {"micro_batch": 1}), (TORCHRUN, {"micro_batch": 1})],
                          ids=["two processes", "four parts", "two processes of two parts"])
-def test_processes_and_parts_change_nothing(one_step, launch, flags):
+def test_processes_and_parts_change_nothing(one_step, weights, launch, flags):
     (one, one_log), (many, many_log) = one_step(), one_step(*launch, **flags)
     for name, value in one["model"].items():
         torch.testing.assert_close(many["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: name + m)
     # AdamW's first step is lr * sign(gradient), nearly; its first moments tell more: they are a tenth of the gradient.
     for a, b in zip(one["optimizer"]["state"].values(), many["optimizer"]["state"].values()):
         torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-3, atol=1e-6)
+    # Nor do they change the rates: the ResNet learns at its own
+    before = torch.load(weights)
+    moved = [float((many["model"][f"backbone.resnet.{name}"] - value).abs().max()) for name, value in before.items()
+             if name.endswith("weight") and f"backbone.resnet.{name}" in one["model"]]
+    assert 0.9e-5 < max(moved) < 1.2e-5
     for name in one_log:
         if name.startswith("loss") or name == "grad_norm":
             assert many_log[name] == pytest.approx(one_log[name], rel=1e-5), name
@@ -194,6 +200,10 @@ def test_losses_can_be_left_out(world, command, tmp_path):
                "--without", "detection", "caption", "--loss-weights", "itm=2"))
     (line,), _ = log(tmp_path / "out")
     assert line["loss"] == pytest.approx(line["loss_mlm"] + 2 * line["loss_itm"], rel=1e-6)
+    state = load_checkpoint(f"{tmp_path}/out/last.pt")  # the heads of what was left out have learnt nothing
+    names = [n for n in state["model"] if "backbone.resnet" not in n]
+    moments = {n: v["exp_avg"].abs().sum() for n, v in zip(names, state["optimizer"]["state"].values())}
+    assert moments["caption.weight"] == moments["box.0.weight"] == 0 < moments["itm.0.weight"]
 
 
 def test_each_loss_is_normalised_by_its_own_count():

@@ -184,6 +184,7 @@ def test_pycocotools_reads_the_instances(world):
         coco = COCO(f"{world}/coco/annotations/instances_{split}2017.json")
         assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(shapes.KINDS)
         assert all(coco.annToMask(a).sum() > 0 for a in coco.dataset["annotations"][:5])
+        assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in coco.dataset["annotations"])
         captions = load(world, f"coco/annotations/captions_{split}2017.json")
         assert set(Counter(a["image_id"] for a in captions["annotations"]).values()) == {5}
 
@@ -308,6 +309,23 @@ def test_nlvr2_is_decided_by_neither_the_words_nor_one_picture():
             else:
                 assert ((left == right) == true) if "same" in words else ((left != right) == true)
     assert len(forms) >= 4
+
+
+def test_statements_are_true_of_the_pictures_that_are_drawn(tmp_path, monkeypatch):
+    drawn, scene = [], shapes.draw_scene
+    monkeypatch.setattr(shapes, "draw_scene", lambda *words, **more: drawn.append(scene(*words, **more)) or drawn[-1])
+    shapes.write_nlvr2(shapes.Writer(str(tmp_path)), 1, 0, 60, 0)
+    with open(tmp_path / "nlvr2/dev.json", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    assert len(drawn) == 2 * len(records) == 120
+    for r, (_, left), (_, right) in zip(records, drawn[::2], drawn[1::2]):
+        text, sides = r["sentence"].lower().rstrip("."), ([t.traits() for t in left], [t.traits() for t in right])
+        what = re.search(r"(?:contains a|numbers? of|there (?:is|are) \w+) (.*?)(?: in total| at all)?$", text)[1]
+        a, b = (len(matching(things, what)) for things in sides)
+        number = re.match(r"there (?:is|are) (\w+)", text)
+        truth = (a + b == NUMBER[number[1]] if number else a != b if "different" in text else
+                 (a > 0) != (b > 0) if "exactly one" in text else a == b)
+        assert str(truth) == r["label"], r
 
 
 def test_flickr_sentences_are_true_of_one_picture_only():
