@@ -513,6 +513,43 @@ def test_a_wide_beam_finds_the_best_of_all_sentences(writer, alpha):
         assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
 
 
+def slow_search(model, memory, beam, alpha, longest):
+    """Of one picture: (score, words). All continuations of each beam, nothing kept from word to word, and an end only
+    when as many captions are finished as there are beams: no bound on what is still to come.
+    """
+    live, finished = [(0.0, [model.config.cls])], []
+    for length in range(1, longest + 1):
+        penalty = ((5 + length) / 6) ** alpha
+        on = sorted(((total + p, [*words, word]) for total, words in live
+                     for word, p in enumerate(log_probabilities(model, memory, words).tolist())), reverse=True)
+        finished += [(total / penalty, words[1:-1]) for total, words in on[:beam] if words[-1] == model.config.sep]
+        live = [(total, words) for total, words in on if words[-1] != model.config.sep][:beam]
+        if length == longest:
+            finished += [(total / penalty, words[1:]) for total, words in live]
+        if len(finished) >= beam:
+            break
+    return max(finished)
+
+
+@torch.no_grad()
+def test_beams_are_those_of_a_slow_search():
+    """With decoders that heed what they have said, so that captions end early and late and beams change places."""
+    lengths = set()
+    for seed in (0, 3, 5, 6):
+        model, batch = small_model(vocabulary=9), small_batch()
+        torch.manual_seed(seed)
+        model.caption.weight.normal_()
+        model.sentence.token.weight.normal_()
+        for layer in model.decoder:
+            layer.self_attention.out.weight.mul_(40)
+        memory = model.encode(model.encode_picture(batch["images"], batch["sizes"]))
+        for b, (words, score) in enumerate(model.generate(memory, beam=3, alpha=0.9, max_tokens=8)):
+            expected = slow_search(model, memory.rows(torch.tensor([b])), 3, 0.9, 7)
+            assert words == expected[1] and score == pytest.approx(expected[0], abs=1e-4)
+            lengths.add(len(words))
+    assert len(lengths) > 3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("beam", [1, 3, 4])
 def test_the_cache_changes_nothing_and_neither_does_the_batch(writer, beam):
