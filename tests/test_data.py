@@ -669,9 +669,12 @@ def test_processes_and_parts_share_the_same_batches():
             assert all(len(part) == 8 // world // parts for mine in shared for part in mine)
 
 
-@pytest.mark.parametrize("start", [0, 3, 7, 12])
-def test_batches_go_on_where_a_run_stopped(start):
-    assert take(Batches(SHAPES, 8, start=start), 9) == take(Batches(SHAPES, 8), start + 9)[start:]
+@pytest.mark.parametrize("start", [0, 3, 7, 12, 29])
+@pytest.mark.parametrize("times,piece", [(1, 1), (8, 12)])
+def test_batches_go_on_where_a_run_stopped(start, times, piece):
+    batches = Batches(SHAPES * times, 8, start=start)
+    assert batches.piece == piece
+    assert take(batches, 20) == take(Batches(SHAPES * times, 8), start + 20)[start:]
 
 
 def test_pictures_of_like_shape_go_together():
