@@ -166,7 +166,7 @@ def test_a_question(ask, checkpoints, pictures, tmp_path):
     assert f"   {best[0][0]:.2f}  {best[0][1]}\n" in said and os.path.exists(result["drawn"])
 
 
-def test_a_statement_about_two_pictures(ask, pictures, tmp_path):
+def test_a_statement_about_two_pictures(ask, checkpoints, pictures, tmp_path):
     chances = []
     for two in (pictures[:2], pictures[1::-1]):
         code, said, _ = ask("nlvr2", "--image", *two, "--statement", "both have circles", "--json", tmp_path / "r.json")
@@ -175,6 +175,12 @@ def test_a_statement_about_two_pictures(ask, pictures, tmp_path):
         assert str(result["answer"]).lower() in said
         chances.append(result["probability"])
     assert chances[0] != chances[1]  # left and right are not the same
+    judge = viewer(checkpoints("nlvr2"))
+    pixels, sizes = evaluate.pad_pictures([to_pixels(Image.open(file).convert("RGB"), 64, 96) for file in pictures[:2]])
+    with torch.no_grad():
+        logits = judge.model.judge_statements(judge.model.encode_picture(pixels, sizes), torch.tensor(
+            [judge.tokenizer.encode("both have circles")]))[0]
+    assert chances[0] == pytest.approx(1 / (1 + np.exp(float(logits[0] - logits[1]))), abs=1e-4)
     code, _, wrong = ask("nlvr2", "--image", pictures[0], "--statement", "both have a circle")
     assert code == 2 and "needs two pictures" in wrong
 
