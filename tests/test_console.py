@@ -3,6 +3,7 @@
 import fcntl
 import importlib
 import json
+import math
 import os
 import pty
 import random
@@ -231,8 +232,11 @@ def test_one_bar_at_a_time_whose_end_is_where_the_minutes_end(whole, world, tmp_
     totals = [tuple(map(int, found)) for found in re.findall(r"(\d+)/(\d+) \[", screen)]
     steps = log(tmp_path / "out")[-1]["step"]
     assert (steps, steps) in totals and (0, 600) in totals  # 100 epochs of 24 examples
-    rates = [line["lr"] for line in log(tmp_path / "out") if "lr" in line]
-    assert rates[-1] < 0.1 * max(rates)  # the schedule goes by the minutes too, and ends near zero
+    for line in log(tmp_path / "out"):
+        if "lr" in line:  # the schedule goes by the minutes too: 3e-4, 50 steps of warm-up, a cosine over the 3 seconds
+            done = max((line["step"] - 1) / 600, line["seconds"] / 3)
+            expected = 3e-4 * min(1, line["step"] / 50) * (1 + math.cos(math.pi * min(done, 1))) / 2
+            assert line["lr"] == pytest.approx(expected, rel=1e-6)
     # What is said stands on a line of its own: behind nothing, or behind a bar that was wiped out
     for said in re.findall(r"^.*step \d+  accuracy", screen, re.MULTILINE):
         assert not said.rsplit("\r", 1)[0].rsplit("\r", 1)[-1].strip() and said.rsplit("\r", 1)[-1].startswith("step ")
