@@ -33,6 +33,7 @@ TESTS = {
     "finetune.py": "tests/test_finetune.py -k 'circle or schedule or others_are or loss or detection_learns'",
 }
 RESUME = "tests/test_pretrain.py::test_a_run_that_goes_on_ends_as_one_that_never_stopped"
+CUT_OFF = "tests/test_trust.py -k is_cut_off"
 PARTS = "tests/test_pretrain.py::test_processes_and_parts_change_nothing"
 TUNED = "tests/test_finetune.py::test_each_task_trains_validates_and_is_evaluated"
 TUNED_RESUME = "tests/test_finetune.py::test_a_resumed_run_ends_as_the_undisturbed_one"
@@ -90,6 +91,8 @@ MISTAKES = {"model.py": [
     ("cross-attention-shrunk", "an object query, which has no content at first, hardly gets any",
      '(".attention.out.weight", "self', '("attention.out.weight", "self'),
     ("rename-before-disk", "after a power cut a checkpoint may be empty", "os.fsync(file.fileno())", "pass"),
+    ("checksum-ignored", "a flipped bit gives other weights without a word", "damaged = file.testzip()",
+     "damaged = None", "tests/test_trust.py -k 'flipped or notice'"),
     ("checkpoint-runs-code", "a checkpoint of somebody else can run any program",
      'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
 ], "matcher.py": [
@@ -194,7 +197,7 @@ MISTAKES = {"model.py": [
     ("gradients-add-up", "each step goes on with the gradients of all before it",
      "optimizer.zero_grad(set_to_none=True)", "pass", RESUME),
     ("optimiser-not-restored", "a resumed run starts with AdamW's moments at zero",
-     'optimizer.load_state_dict(state["optimizer"])', "pass", RESUME),
+     'load_optimizer(optimizer, state["optimizer"], f"--resume {args.resume}")', "pass", RESUME),
     ("sampler-start-ignored", "a resumed run sees the first batches again", "start=step)", "start=0)", RESUME),
     ("dropout-not-of-the-step", "a resumed run drops other units than the undisturbed one",
      "torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 31)", "pass", RESUME),
@@ -206,6 +209,13 @@ MISTAKES = {"model.py": [
     ("weights-not-in-the-sum", "--without and --loss-weights change what is logged and not what is learnt",
      "total = sum(weights[name] * value for name, value in named.items())", "total = sum(named.values())",
      "tests/test_pretrain.py::test_losses_can_be_left_out"),
+    ("log-not-cut", "steps that were lost stand twice in the log", "os.truncate(self.file, size)", "pass", CUT_OFF),
+    ("validation-forgotten", "a run that is cut off in a validation goes on without it",
+     "validation_due=due", "validation_due=False", CUT_OFF),
+    ("one-checkpoint", "a damaged last.pt is the end of the run", "previous=self.previous, ", "",
+     "tests/test_trust.py -k two_checkpoints"),
+    ("statistics-spoilt", "batch norm keeps what a step with NaN has left there", "statistics.restore()\n", "pass\n",
+     "tests/test_trust.py -k is_skipped"),
 ], "finetune.py": [
     ("circle-weights-learnt", "the loss can shrink its own weights in place of the similarities",
      "(wrong + margin).clamp(min=0).detach()", "(wrong + margin).clamp(min=0)"),

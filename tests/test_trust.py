@@ -159,9 +159,10 @@ def test_going_back_to_the_one_before(copy, world):
     assert [line["step"] for line in log(copy) if "loss" in line] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 5, "measure_with_blind", "pretrained_gallery"])
 def test_a_run_that_is_cut_off_ends_as_the_undisturbed_one(whole, world, stop, tmp_path, monkeypatch):
-    """Cut off without a chance to write anything: in a step's second part, or in the validation after step 4."""
+    """Cut off without a chance to write anything: in a step's second part, or in the validation after step 4, before or
+    after its line is in the log."""
     calls = 0
 
     def cut(original, at):
@@ -174,8 +175,8 @@ def test_a_run_that_is_cut_off_ends_as_the_undisturbed_one(whole, world, stop, t
         return function
 
     with monkeypatch.context() as patch:
-        if stop == 4:
-            patch.setattr(pretrain, "measure_with_blind", cut(pretrain.measure_with_blind, 1))
+        if isinstance(stop, str):
+            patch.setattr(pretrain, stop, cut(getattr(pretrain, stop), 1))
         else:
             patch.setattr(pretrain, "losses", cut(pretrain.losses, 2 * stop + 2))
         with pytest.raises(KeyboardInterrupt):
