@@ -321,7 +321,7 @@ def read_coco(data, split, say=print, flickr_out=()):
     if leaking:
         say(f"coco: {leaking} pictures of {split}2017 are in Flickr30k's val or test split; left out")
     categories = sorted(records(path, instances, "categories"), key=lambda r: take(r, "id", int, path))
-    label_of = {r["id"]: i for i, r in enumerate(categories)}
+    label_of, classes = {r["id"]: i for i, r in enumerate(categories)}, [take(r, "name", str, path) for r in categories]
     bad, count, left_out = [], 0, {r["id"] for r in instances["images"]} - set(pictures)
     for r in records(path, instances, "annotations"):
         number = take(r, "image_id", int, path)
@@ -352,7 +352,7 @@ def read_coco(data, split, say=print, flickr_out=()):
             pictures[r["image_id"]].sentences.append(r["caption"].strip())
     for p in pictures.values():
         p.coco = (np.array(p.coco[0], np.float32).reshape(-1, 4), np.array(p.coco[1], np.int64))
-    return pictures, [take(r, "name", str, path) for r in categories]
+    return pictures, classes
 
 
 def read_names(path):
@@ -491,8 +491,8 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
         train, names["coco"] = read_coco(data, "train", say, flickr_out)
         val, val_names = read_coco(data, "val", say)
         if val_names != names["coco"]:
-            raise InputError(f"{data}/coco/annotations: instances_train2017.json and instances_val2017.json have "
-                             "different categories; are both of one release?")
+            raise InputError(f"{data}/coco/annotations/instances_train2017.json: has different categories than "
+                             "instances_val2017.json; are both of one release?")
         leaking = [i for i in train if i in coco_out]
         for i in leaking:
             del train[i]

@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 from data import (
     FORMATS,
+    LARGEST,
     HelpFormatter,
     InputError,
     Tokenizer,
@@ -702,7 +703,9 @@ def _is(x, kind):
         return isinstance(x, list) and all(isinstance(r, dict) for r in x)
     if kind == BOX:
         return isinstance(x, list) and len(x) == 4 and all(_is(v, NUMBER) for v in x) and min(x[2:]) >= 0
-    return type(x) in (int, float) and abs(x) < 1e100 if kind == NUMBER else type(x) is kind
+    if kind == NUMBER:
+        return type(x) in (int, float) and abs(x) < 1e100
+    return type(x) is kind and (kind is not int or abs(x) <= LARGEST)
 
 
 def _read_text(path):
@@ -821,8 +824,10 @@ def vqa_records(path, found):
 def coco_ids(path, found):
     """The sets of pictures' and of categories' ids of COCO's instances file, once it has all that pycocotools reads."""
     ids = ({r["id"] for r in _listed(path, found, key, {"id": int})} for key in ("images", "categories"))
-    _listed(path, found, "annotations", {"id": int, "image_id": int, "category_id": int, "bbox": BOX, "area": NUMBER,
-                                         "iscrowd": int}, empty=True)
+    for r in _listed(path, found, "annotations", {"id": int, "image_id": int, "category_id": int, "bbox": BOX,
+                                                  "area": NUMBER, "iscrowd": int}, empty=True):
+        if r["iscrowd"] not in (0, 1):
+            raise InputError(f"{path}: annotation {r['id']}: iscrowd is {r['iscrowd']}, not 0 or 1; mend the record")
     return tuple(ids)
 
 

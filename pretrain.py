@@ -253,7 +253,7 @@ NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone
 MOST = {"batch_size": 10 ** 6, "sentences_per_picture": 1000, "workers": 1000, "long_side": 10_000, "seed": 2 ** 62,
         "negatives": 10 ** 6, "val_pictures": 10 ** 9, "encoder_layers": 1000, "decoder_layers": 1000, "steps": 10 ** 9,
         **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16),
-        **dict.fromkeys(("lr", "lr_backbone", "lr_head", "weight_decay", "gamma", "margin"), 10 ** 6)}
+        **dict.fromkeys(("lr", "lr_backbone", "lr_head", "weight_decay", "gamma", "margin"), 1e38)}
 
 
 def check_flags(args):
@@ -267,7 +267,7 @@ def check_flags(args):
         if flag in NOT_NEGATIVE and not 0 <= value < math.inf:
             raise InputError(f"{name}: must be 0 or more")
         if flag in (*POSITIVE, *NOT_NEGATIVE) and value > MOST.get(flag, 10 ** 12):
-            raise InputError(f"{name}: must be at most {MOST.get(flag, 10 ** 12):,}")
+            raise InputError(f"{name}: must be at most {MOST.get(flag, 10 ** 12):g}")
         if flag in ("dropout", "label_smoothing", "without_sentence") and not 0 <= value <= 1:
             raise InputError(f"{name}: must be from 0 to 1")
         if flag == "width" and value % 4:
@@ -556,7 +556,7 @@ def train(args, state, stop):
             check_output(args.output)
             if args.shapes and not os.path.exists(args.data):
                 say(f"writing the miniature world to {args.data}")
-                shapes.write_world(args.data)
+                shapes.write_world(args.data, flag="--data")
 
     attempt(first_process_prepares, world)
 

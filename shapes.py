@@ -576,19 +576,20 @@ def write_nlvr2(w, seed, train, val, test):
         w.file(f"nlvr2/{split}.json", "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
 
-def write_world(folder, seed=1, train=4000, val=200, test=200):
+def write_world(folder, seed=1, train=4000, val=200, test=200, flag="--output"):
     """Write the whole world to `folder`, which must not exist or be empty; it appears whole or not at all.
+    flag: what a message calls the folder.
 
     Raises InputError if the folder is in use, cannot be written, or a number is too small.
     """
     # With more, the numbers of COCO's splits would overlap; and Flickr30k's sentences do not tell more pictures apart
-    for flag, value, least, most in (("--train", train, 16, 76_000), ("--val", val, 1, 10_000),
+    for name, value, least, most in (("--train", train, 16, 76_000), ("--val", val, 1, 10_000),
                                      ("--test", test, 2, 10_000)):
         if not least <= value <= most:
-            raise InputError(f"{flag} {value}: must be from {least} to {most}")
+            raise InputError(f"{name} {value}: must be from {least} to {most}")
     try:
         if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-            raise InputError(f"--output {folder}: is there already; give another folder, or move it away")
+            raise InputError(f"{flag} {folder}: is there already; give another folder, or move it away")
         parent = os.path.dirname(os.path.abspath(folder))
         os.makedirs(parent, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(folder)}-", dir=parent) as unfinished:
@@ -604,7 +605,7 @@ def write_world(folder, seed=1, train=4000, val=200, test=200):
             w.bar.close()
             os.rename(w.folder, folder)
     except (OSError, RecursionError) as error:  # RecursionError: makedirs, of a thousand folders in one another
-        raise InputError(f"--output {folder[:200]}: cannot be written "
+        raise InputError(f"{flag} {folder[:200]}: cannot be written "
                          f"({getattr(error, 'strerror', None) or error})") from None
 
 

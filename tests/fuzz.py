@@ -208,7 +208,7 @@ def odd_tree(rng, value):
 def odd_lines(rng, content, records):
     """(what is wrong, bytes) of a text file of lines; records: each is JSON."""
     lines = content.decode().split("\n")
-    n = rng.randrange(len(lines) - 1)
+    n = rng.randrange(max(1, len(lines) - 1))
     kind = rng.choice(("missing", "doubled", "blank", "long", "CRLF", "odd value", "odd value"))
     if kind == "odd value" and records:
         kind, value = odd_tree(rng, json.loads(lines[n]))
@@ -315,7 +315,7 @@ def change(rng, path):
     with open(path, "rb") as file:
         content = file.read()
     ending = os.path.splitext(path)[1]
-    lines = ending in (".txt", ".csv", ".jsonl") or "nlvr2" in path
+    lines = ending in (".txt", ".csv", ".jsonl") or "data/nlvr2" in path
     what = {".json": "JSON", ".jpg": "picture", ".png": "picture", ".pt": "checkpoint", ".pth": "checkpoint",
             ".npy": "matrix"}.get(ending, "lines")
     draw = rng.random()
@@ -392,7 +392,7 @@ def own_case(rng):
     asked = shlex.split(rng.choice(OWN[run]))
     file = rng.choice([f"runs/{run}/last.pt"] + [f"runs/{run}/best.pt"] * (run != "pretrain"))
     images = ["in/a.jpg", "in/b.png"][:1 if "--attention" in asked else 2]
-    if run != "nlvr2":  # which asks about two
+    if run != "nlvr2" and "--attention" not in asked:  # they take two pictures, and one
         images = rng.choice((images, images, ["in/a.jpg"], ["-"], ["in"]))
     words = ["--checkpoint", file, "--image", *images, *asked, "--beam", "2", "--device", "cpu"]
     return f"evaluate --image, {run}", "evaluate", words + ["--output", "out"] * ("--attention" not in asked), [
@@ -490,7 +490,8 @@ def make_case(seed, number, kit, folder, flags):
         for action in actions:
             flag, *values = odd_flag(rng, action)
             case.words += [flag, *values]
-            case.culprits += tuple(f"{value}: " for value in values if value)  # or the file that it names
+            # or the file that it names, which is printed without control characters and may be cut
+            case.culprits += tuple(f"{value!r:.100}"[1:].rstrip("'") for value in values if value)
             if flag in WRITES:  # then it is told to write there, and may make the folders above
                 case.may += [os.path.normpath(value) for value in values] + [f"{value}/.index" for value in values] + [
                     value.split("/")[0] for value in values if value.startswith("missing/")]

@@ -167,6 +167,9 @@ def test_coco_one_bad_box_among_ten_thousand_is_left_out_and_said(files):
     assert len(pictures[9].coco[1]) == 1 and "left out 1 of 10004 boxes" in str(say) and "annotation 77" in str(say)
 
 
+INSTANCES, CAPTIONS = (f"coco/annotations/{what}_train2017.json" for what in ("instances", "captions"))
+
+
 @pytest.mark.parametrize("name,change,says", [
     ("coco/annotations/instances_train2017.json", lambda f: f["annotations"][0].update(image_id=5),
      "annotation 90: unknown image_id 5"),
@@ -182,7 +185,27 @@ def test_coco_one_bad_box_among_ten_thousand_is_left_out_and_said(files):
     ("vg/image_data.json", lambda f: f[0].pop("width"), "record image_id 1: 'width'"),
     ("coco/dataset_coco.json", lambda f: f.pop("images"), "expected a list of records under 'images'"),
     ("flickr30k/dataset_flickr30k.json", lambda f: f["images"][0].update(filename="cat.jpg"),
-     "has no usable picture number")])
+     "has no usable picture number"),
+    # Kinds of values that have no place in a set or a dictionary, in an array or in UTF-8
+    (INSTANCES, lambda f: f["images"][0].update(width=10 ** 400), "'width' is '1000"),
+    (INSTANCES, lambda f: f["images"][0].update(width=10 ** 9), "image 9: height and"),
+    (INSTANCES, lambda f: f["annotations"][0].update(bbox=[1, 1, 10 ** 400, 1]),
+     "annotation 90: bbox"),
+    (INSTANCES, lambda f: f["annotations"][0].update(category_id=[]), "'category_id'"),
+    (INSTANCES, lambda f: f["categories"][0].update(name=None), "'name' is 'None'"),
+    (INSTANCES, lambda f: f["categories"][0].update(name="bus"), "has different categories"),
+    ("coco/annotations/instances_val2017.json", lambda f: f["images"][0].update(id={}), "'id' is '{}'"),
+    (CAPTIONS, lambda f: f["annotations"][0].update(image_id=[]), "'image_id'"),
+    (CAPTIONS, lambda f: f["annotations"][0].update(caption="\ud800"), "'caption' is"),
+    ("vg/image_data.json", lambda f: f[0].update(height=0), "image 1: height and width are (0, 40)"),
+    ("vg/image_data.json", lambda f: f[0].update(coco_id=[]), "'coco_id' is '[]'"),
+    ("vg/objects.json", lambda f: f[0].update(image_id=[]), "'image_id' is '[]'"),
+    ("vg/objects.json", lambda f: f[0]["objects"][0].update(names=3), "'names' is '3'"),
+    ("vg/objects.json", lambda f: f[0]["objects"][0].update(object_id={}), "'object_id' is '{}'"),
+    ("vg/attributes.json", lambda f: f[0]["attributes"][0].update(attributes=3), "'attributes' is '3'"),
+    ("vg/attributes.json", lambda f: f[0]["attributes"][0].update(object_id=[]), "'object_id' is '[]'"),
+    ("vg/region_descriptions.json", lambda f: f[0].update(id=[]), "'id' is '[]'"),
+    ("coco/dataset_coco.json", lambda f: f["images"][1].update(cocoid=[]), "has no usable picture number")])
 def test_a_record_that_cannot_be_used(files, name, change, says):
     change(files[name])
     files.write(name)
@@ -208,6 +231,54 @@ def test_a_file_that_is_missing_cut_off_or_another(files, name):
         say = Silent()
         read_pretraining(files.folder, say=say)
         assert "dataset_coco.json: not there, so its val and test pictures cannot be kept out" in str(say)
+
+
+@pytest.mark.parametrize("name", ["vg/objects_vocab.txt", "coco/annotations/captions_train2017.json"])
+def test_a_file_that_is_not_utf_8(files, name):
+    with open(f"{files.folder}/{name}", "wb") as file:
+        file.write("caf\xe9".encode("latin-1"))
+    with pytest.raises(InputError, match=f"{name}: is not text in UTF-8"):
+        read_pretraining(files.folder, say=Silent())
+
+
+@pytest.mark.parametrize("line,says", [
+    ("[1]", "expected a list of records"), ("\xe9", "not text in UTF-8"), ("[" * 99999, "not valid JSON"),
+    ({"identifier": 7, "sentence": "a"}, "'identifier' is '7'"), ({"identifier": "a-b", "sentence": "a"}, "a-b"),
+    ({"identifier": "a-0-0-0", "sentence": "\ud800"}, "'sentence' is"),
+    ({"identifier": "a-0-0-0", "sentence": "a", "label": 3}, "label '3'"),
+    ({"identifier": "a-0-0-0", "sentence": "a", "directory": "\0"}, "not there, a picture of a-0-0-0 in")])
+def test_a_line_of_nlvr2_that_cannot_be_used(tmp_path, line, says):
+    os.mkdir(tmp_path / "nlvr2")
+    path = tmp_path / "nlvr2" / "train.json"
+    path.write_bytes((line if isinstance(line, str) else json.dumps(line)).encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        read_task("nlvr2", str(tmp_path), "train")
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_question_that_nobody_has_answered(tmp_path):
+    path = str(tmp_path / "vqa" / "v2_mscoco_train2014_annotations.json")
+    write(path.replace("mscoco_", "OpenEnded_mscoco_").replace("annotations", "questions"), {"questions": [
+        {"question_id": 5, "image_id": 1, "question": "why?"}]})
+    write(path, {"annotations": [{"question_id": 5, "answers": []}]})
+    with pytest.raises(InputError, match=f"{path}: question 5: has no answers"):
+        read_task("vqa", str(tmp_path), "train")
+
+
+def test_a_message_is_one_line_whatever_a_name_holds(capsys):
+    def work(stop):
+        raise InputError("a\nb\x1b[2J\ud800: " + "x" * 9999)
+
+    assert data_module.command("data.py", work) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("data.py: a\\nb\\x1b[2J\\ud800: xxx") and said.count("\n") == 1 and len(said) < 2000
+
+
+@pytest.mark.parametrize("flag", ["--index", "--json"])
+def test_a_path_that_is_too_deep_to_make(files, flag, capsys):
+    code = data_module.main(["--data", files.folder, flag, "a/" * 3000])
+    said = capsys.readouterr()
+    assert code == (2 if flag == "--json" else 0) and "cannot be written" in said.out + said.err
 
 
 def test_pictures_that_are_not_there_are_said_and_left_out(files):

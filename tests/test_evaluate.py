@@ -336,6 +336,14 @@ def test_bad_input(command, checkpoint, world, break_it, says):
     assert done.stderr.startswith("evaluate.py: ") and says in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag,value", [("--beam", "1" + "0" * 20), ("--examples", "-5"), ("--alpha", "1e308"),
+                                        ("--alpha", "nan"), ("--batch-size", "1" + "0" * 400), ("--threshold", "nan")])
+def test_numbers_beyond_all_sense_are_refused_by_name(flag, value, capsys):
+    assert evaluate.main(["--checkpoint", "nowhere.pt", "--data", "nowhere", flag, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"evaluate.py: {flag} ") and ": must be from" in said and said.count("\n") == 1
+
+
 def test_a_run_checkpoint_is_read(command, world, tmp_path):
     done = command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--steps", 1)
     assert done.returncode == 0, done.stderr

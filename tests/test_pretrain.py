@@ -360,6 +360,7 @@ def fails(done, *says):
     (["--resume", "README.md"], ["--resume README.md: not a PyTorch file"]),
     (["--mini", "--batch-size", "0"], ["--batch-size 0: must be more than 0"]),
     (["--mini", "--width", "30"], ["--width 30: must be a multiple of 4"]),
+    (["--mini", "--resume", "nowhere/last.pt"], ["--resume nowhere/last.pt: no such file"]),
     (["--mini", "--short-sides", "8"], ["--short-sides 8"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),
 ], ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "")
@@ -430,10 +431,54 @@ def test_resuming_with_other_settings(command, run, flag, value):
     fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", flag, value), f"{flag} {value}: the resumed run has")
 
 
+@pytest.mark.parametrize("flag,value", [
+    *((f"--{flag}", "1" + "0" * 20) for flag in ("seed", "workers", "steps", "width", "encoder-layers", "long-side",
+                                                "short-sides", "sentences-per-picture")),
+    ("--batch-size", "1" + "0" * 400), ("--lr", "1e+300")])
+def test_numbers_beyond_all_sense_are_refused_by_name(flag, value, capsys):
+    assert pretrain.main(["--mini", flag, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pretrain.py: {flag} {value[:40]}: must be") and said.count("\n") == 1 and len(said) < 200
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda s: s["args"].update(width="128"), "its run's --width is '128'"),
+    (lambda s: s["args"].update(short_sides=[]), "sizes of pictures"),
+    (lambda s: s["args"].pop("seed"), "run's --seed"), (lambda s: s.pop("seconds"), "its seconds is"),
+    (lambda s: s["args"].update(schedule="never"), "its run's --schedule is 'never'"),
+    (lambda s: s["args"].update(epochs=None), "its run's --epochs is 'None'"),
+    (lambda s: s["optimizer"]["param_groups"].pop(), "its optimiser's state"),
+    (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "its optimiser's state"),
+    (lambda s: s["optimizer"]["state"][0].pop("step"), "its optimiser's state"),
+    (lambda s: s["optimizer"].update(state=[]), "its optimiser's state")])
+def test_resuming_a_checkpoint_that_somebody_has_edited(run, tmp_path, capsys, change, says):
+    shutil.copytree(run[0], tmp_path / "out")
+    path = str(tmp_path / "out" / "last.pt")
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    assert pretrain.main(["--resume", path, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert says in said and path in said and said.count("\n") == 1
+
+
+def test_damaged_lines_of_a_log_go_when_its_run_is_resumed(tmp_path):
+    good = '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "log.jsonl").write_bytes(good.encode() + b'{"step": "x"}\n\xff\n[]\n{"step": []}\n{"step": 3}\n')
+    pretrain.clear_output(str(tmp_path), 2, print)
+    assert (tmp_path / "log.jsonl").read_text() == good
+
+
+@pytest.mark.parametrize("flag", ["--output", "--data"])
+def test_a_folder_that_is_too_deep_to_make(flag, tmp_path, capsys):
+    assert pretrain.main(["--mini", "--device", "cpu", "--output", str(tmp_path), flag, "a/" * 3000]) == 2
+    assert f"{flag} a/a/" in capsys.readouterr().err
+
+
 def test_resuming_on_other_data(command, run, copy):
     (copy / "vg" / "attributes_vocab.txt").write_text("red\nblue\n")
     fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", "--data", copy),
-          "its classes or attributes are not those of")
+          "its classes or attributes are not those of", "attributes_vocab.txt")
 
 
 def test_weights_that_cannot_be_had(command, world, tmp_path):

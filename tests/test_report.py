@@ -112,6 +112,29 @@ def test_a_damaged_report_json_is_no_end(runs, tmp_path):
     assert "<polyline" in (tmp_path / "a/report.html").read_text()
 
 
+@pytest.mark.parametrize("key,value", [
+    ("gallery", 7), ("gallery", [{}]), ("pictures", {"a": {"size": [0, 1], "jpeg": ""}}), ("kind", []),
+    ("commands", [None]), ("versions", ["1"]), ("settings", "x"), (None, [])])
+def test_a_report_json_of_something_else_is_no_end(runs, tmp_path, key, value):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    kept = json.loads((tmp_path / "a/report.json").read_text())
+    (tmp_path / "a/report.json").write_text(json.dumps(value if key is None else {**kept, key: value}))
+    assert evaluate.main(["--report", str(tmp_path / "a")]) == 0
+    page = (tmp_path / "a/report.html").read_text()
+    assert "<polyline" in page and '<article class="card"' not in page
+
+
+def test_lines_of_a_log_that_no_run_writes_are_left_out(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    odd = [{"step": 10 ** 400}, {"step": True}, {"step": -1}, {"step": 4, "blind_examples": "x", "loss": 10 ** 400},
+           {"step": 4, "\ud800": 1}]
+    with open(tmp_path / "a/log.jsonl", "a") as file:
+        file.writelines(f"{json.dumps(line)}\n" for line in odd)
+    assert evaluate.main(["--report", str(tmp_path / "a")]) == 0
+    page = (tmp_path / "a/report.html").read_text()
+    assert "pre-training, step 4" in page and page.count("<polyline") >= 18
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # What the page is made of
 

@@ -360,9 +360,16 @@ def test_the_folder_must_be_free_and_appears_whole_or_not_at_all(tmp_path, monke
     assert os.listdir(tmp_path) == ["used"]
 
 
-def test_numbers_that_are_too_small():
-    with pytest.raises(InputError, match="--train 3: must be from 16 to 76000"):
-        shapes.write_world("nowhere", train=3)
+@pytest.mark.parametrize("flag,value,says", [
+    ("train", 3, "16 to 76000"), ("val", 10 ** 20, "1 to 10000"), ("test", 1, "2 to 10000")])
+def test_numbers_that_no_world_can_have(flag, value, says):
+    with pytest.raises(InputError, match=f"--{flag} {value}: must be from {says}"):
+        shapes.write_world("nowhere", **{flag: value})
+
+
+def test_a_folder_that_is_too_deep_to_make():
+    with pytest.raises(InputError, match="--output .*: cannot be written"):
+        shapes.write_world("a/" * 3000, train=16, val=1, test=2)
 
 
 def test_the_command(command, tmp_path):
