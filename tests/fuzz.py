@@ -492,6 +492,8 @@ def make_case(seed, number, kit, folder, flags):
             case.words += [flag, *values]
             # or the file that it names, which is printed without control characters and may be cut
             case.culprits += tuple(f"{value!r:.100}"[1:].rstrip("'") for value in values if value)
+            if action.choices:  # another task, say, which then does not go with one of the files
+                case.culprits += tuple(word for word in case.words if "." in word and "/" in word)
             if flag in WRITES:  # then it is told to write there, and may make the folders above
                 case.may += [os.path.normpath(value) for value in values] + [f"{value}/.index" for value in values] + [
                     value.split("/")[0] for value in values if value.startswith("missing/")]
