@@ -348,7 +348,7 @@ def change(rng, path):
 
 
 class Caught(BaseException):
-    pass
+    """Brings a parser's flags out of a command, past what it catches."""
 
 
 def flags_of(script):
@@ -504,6 +504,8 @@ def make_case(seed, number, kit, folder, flags):
     path = rng.choice(sorted(glob.glob(rng.choice(patterns))))
     case.changed = (path,)
     case.kind, case.culprits = change(rng, path), (os.path.basename(path),)
+    if "--score" in case.words:  # what one of the two files lacks, the other one has too much
+        case.culprits += tuple(map(os.path.basename, case.files))
     return case
 
 
@@ -598,10 +600,10 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         kit, keep = os.path.abspath(args.kit or f"{place}/kit"), args.keep and os.path.abspath(args.keep)
         if not os.path.isdir(f"{kit}/in"):
-            made = Case(0, "kit", "kit", [], [], [])
+            # In a fork too, since training computes; what it writes is not below its folder
+            os.makedirs(f"{place}/first/tmp")
             SCRIPTS["kit"] = argparse.Namespace(main=lambda _: make_kit(kit) or 0)
-            code, out, err, _ = run_case(made, os.path.join(place, "first")) if not os.makedirs(
-                os.path.join(place, "first", "tmp")) else None
+            code, out, err, _ = run_case(Case(0, "kit", "kit", [], [], []), f"{place}/first")
             if code:
                 sys.exit(f"the kit cannot be made\n{out}\n{err}")
         flags = {script: flags_of(script) for script in SCRIPTS if script != "kit"}
