@@ -620,10 +620,10 @@ def read_nlvr2(data, split):
         r, = records(place, [parse_json(line, place)])
         name, text = take(r, "identifier", str, place), take(r, "sentence", str, place)
         directory, label = take(r, "directory", (int, str), place, optional=True), str(r.get("label")).lower()
+        plain_name(name, place)
         if name.count("-") != 3 or label not in ("true", "false", "none"):
             raise InputError(f"{place}: identifier {name[:40]!r}, label {label[:40]!r}: not a record of NLVR2; mend or "
                              "remove the record")
-        plain_name(name, place)
         folder = root if directory is None else f"{root}/{plain_name(str(directory), place)}"
         target = {"true": 1, "false": 0}.get(label)
         files = tuple(f"{folder}/{name.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
@@ -1368,7 +1368,7 @@ class Watch(threading.Thread):
 
     def __init__(self, store, rank, world, limit):
         super().__init__(daemon=True)
-        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+        self.store, self.rank, self.limit, self.tick = store, rank, limit, min(1.0, limit / 20)
         self.beats = self.marks = 0
         self.waiting = self.over = False
         self.news = {other: (None, None, time.monotonic()) for other in range(world) if other != rank}
@@ -1389,11 +1389,18 @@ class Watch(threading.Thread):
         return [other for other, (*_, since) in self.news.items() if time.monotonic() - since > seconds]
 
     def run(self):
-        before, changed, heard = None, time.monotonic(), 0.0
+        before, heard, awake = None, 0.0, time.monotonic()
+        changed = awake
         while not self.over:
-            time.sleep(min(1.0, self.limit / 20))
+            time.sleep(self.tick)
+            if time.monotonic() - awake > self.limit / 4:  # this process was frozen (Ctrl-Z): its news are old
+                changed = time.monotonic()
+                self.news = {other: (beats, rest, changed) for other, (beats, rest, _) in self.news.items()}
+            awake = time.monotonic()
             try:
                 self.tell()
+                if self.store.check(["watch/end"]):
+                    self.end()
                 if time.monotonic() - heard < self.limit / 20:  # many processes need not ask each other every second
                     continue
                 self.listen()
@@ -1416,10 +1423,19 @@ class Watch(threading.Thread):
                 self.end([other for other, marks in busy.items() if marks == min(busy.values())],
                          f"has come no further for {self.limit:.0f} s (--timeout)")
 
-    def end(self, ranks, what):
-        """Say which processes keep the others waiting, and end this one, whose main thread may be deep in a wait."""
-        print(f"rank {self.rank}: rank {', '.join(map(str, sorted(ranks)))} {what}; this process ends", file=sys.stderr,
-              flush=True)
+    def end(self, ranks=(), what=""):
+        """Say which processes keep the others waiting, and end this one, whose main thread may be deep in a wait.
+
+        The first one leaves a note and lets the others read it, or they would say that they lost one that has ended so.
+        """
+        says = f"rank {', '.join(map(str, sorted(ranks)))} {what}"
+        with contextlib.suppress(RuntimeError):  # the store can be gone
+            if self.store.check(["watch/end"]):
+                says = self.store.get("watch/end").decode()
+            else:
+                self.store.set("watch/end", says)
+                time.sleep(2 * self.tick)
+        print(f"rank {self.rank}: {says}; this process ends", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():  # loader workers, which would only notice after a while
             child.kill()
         os._exit(1)

@@ -1813,10 +1813,10 @@ def read_report(folder):
                 and all(isinstance(one.get(key), str) for key in ("asks", "says"))
                 and all(side(part) for part in (one, one.get("truth"), one.get("answer"))))
 
-    def small(picture):
-        size = picture.get("size") if isinstance(picture, dict) else None
+    def small(picture):  # becomes part of the page as it is, and the run may be another's
+        size, jpeg = (picture.get(key) for key in ("size", "jpeg")) if isinstance(picture, dict) else (None, None)
         return (isinstance(size, list) and len(size) == 2 and all(_is(v, int) and 0 < v < 10_000 for v in size)
-                and isinstance(picture.get("jpeg"), str))
+                and isinstance(jpeg, str) and re.fullmatch("[A-Za-z0-9+/=]*", jpeg) is not None)
 
     known = {"kind": lambda value: isinstance(value, str), "commands": texts, "settings": lambda _: True,
              "versions": lambda value: texts(list(value.values())), "gallery": lambda value: all(map(item, value)),
@@ -1996,15 +1996,6 @@ def report_table(runs, measures):
             "largest.</p>")
 
 
-def is_small_copy(picture):
-    """Whether a picture of report.json is as Gallery keeps it. The run may be another's, and its pictures become part
-    of the page as they are.
-    """
-    size, jpeg = (picture.get(key) for key in ("size", "jpeg")) if isinstance(picture, dict) else (None, None)
-    return (isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int] and min(size) > 0
-            and isinstance(jpeg, str) and re.fullmatch("[A-Za-z0-9+/=]*", jpeg) is not None)
-
-
 def report_gallery(runs, most):
     """The held-out examples with each run's answer, and the symbols of their pictures: (HTML, SVG)."""
     items, pictures = {}, {}  # the same example of several runs stands once
@@ -2014,7 +2005,7 @@ def report_gallery(runs, most):
             given = items.setdefault(key, (item, []))[1]
             if not any(other is run for other, _ in given):  # nor does one that a run was asked twice
                 given.append((run, item))
-        pictures |= {key: p for key, p in run["pictures"].items() if is_small_copy(p)}
+        pictures |= run["pictures"]
     used = {p for item, given in items.values() for side in (item, item["truth"], *(i["answer"] for _, i in given))
             for p in side.get("pictures", ())}
     numbers = {name: n for n, name in enumerate(p for p in pictures if p in used)}

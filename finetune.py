@@ -384,8 +384,11 @@ def train(args, state, stop):
     if args.resume:
         load_optimizer(optimizer, state["optimizer"], f"--resume {args.resume}")
         step, before = state["step"], state["seconds"]
-        if os.path.exists(f"{args.output}/best.pt"):  # else it has to be written again
-            best = state["best"]
+        if os.path.exists(f"{args.output}/best.pt"):
+            try:
+                best = load_checkpoint(f"{args.output}/best.pt")["best"]
+            except InputError as error:
+                say(f"{error}; it will be written anew")
     objective = Objective(model, args)
     if world > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)

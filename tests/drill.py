@@ -4,7 +4,7 @@
     python tests/drill.py --rounds 30 --processes 2 --seed 0      # under torchrun
 
 A round is a run of seconds, of pretrain.py and finetune.py in turn, with loader workers, accumulated parts, scale
-augmentation, masking, validations and a checkpoint after every step. It gets SIGKILL, all of its processes at once, up
+augmentation, masking, validations and a checkpoint after every step. It gets SIGKILL, all of its processes at once, one
 to three times: anywhere, or just when a checkpoint is being written; each time the same command line, which ends in
 `--resume auto`, is started again. At its end the weights, the optimiser's state, the log with its validations, and all
 else that a checkpoint holds must be those of the undisturbed run. The last line: `30 rounds, 30 survived, parameters
@@ -157,6 +157,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=3, help="in a round, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
@@ -173,7 +174,8 @@ def main(argv=None):
         for number in range(args.rounds):
             kind, began = list(RUNS)[number % len(RUNS)], time.time()
             place = os.path.join(folder, f"round-{number}")
-            killed = [disturb(kind, place, world, args.processes, rng, *times[kind]) for _ in range(rng.randint(1, 3))]
+            killed = [disturb(kind, place, world, args.processes, rng, *times[kind])
+                      for _ in range(rng.randint(1, args.kills))]
             finished(kind, place, world, args.processes)
             different = differences(expected[kind], result(kind, place))
             left = [name for name in os.listdir(place) if name.endswith(".tmp")]

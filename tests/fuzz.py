@@ -18,7 +18,6 @@ import glob
 import io
 import json
 import os
-import pickle
 import random
 import shlex
 import shutil
@@ -126,7 +125,7 @@ def make_kit(folder):
     with open(RESULTS["nlvr2"], "w") as file:
         file.writelines(f"{line},True\n" for line in lines)
     np.save(RESULTS["flickr30k"], np.random.default_rng(0).random((6, 30), np.float32))
-    resnet = torch.load("runs/pretrain/last.pt")["model"]
+    resnet = torch.load("runs/pretrain/last.pt", weights_only=True)["model"]
     torch.save({key.removeprefix("backbone.resnet."): value for key, value in resnet.items() if "resnet" in key},
                "in/resnet.pth")
 
@@ -260,13 +259,14 @@ class Code:
 
 def odd_state(rng, path):
     """(what is wrong, bytes) of a checkpoint."""
-    state, file = torch.load(path), io.BytesIO()
+    state, file = torch.load(path, weights_only=True), io.BytesIO()
     weights = state["model"] if "model" in state else state
     kind = rng.choice(("config", "config", "config", "vocabulary", "names", "args", "args", "weights", "weights", "NaN",
                        "a key", "missing", "code", "no dictionary", "optimizer"))
     if kind == "code":
         if rng.random() < 0.5:
-            return kind, pickle.dumps({**{key: 0 for key in state}, "format": Code()})
+            torch.save({"format": Code()}, file, _use_new_zipfile_serialization=False)  # as before torch 1.6
+            return kind, file.getvalue()
         state["format"] = Code()
     elif kind == "no dictionary":
         state = rng.choice(([1], "x", torch.zeros(3), None))

@@ -186,9 +186,9 @@ def test_ctrl_c_before_the_first_step_and_in_a_validation(options, tmp_path):
     assert code == 0 and out.splitlines()[-1] == "[130, 130, 0, 2]", err
     assert err == ["pretrain.py: stopped by Ctrl-C", "stopped at step 2 by Ctrl-C; go on with: python pretrain.py "
                    f"--resume {folder}/last.pt", "pretrain.py: --resume nowhere.pt: no such file"]
-    # The validation that was cut short is made up for after the next step
+    # The validation that was cut short comes first
     assert [(line["step"], "loss" in line) for line in log(folder)] == [
-        (1, True), (2, True), (3, True), (3, False), (4, True), (4, False)]
+        (1, True), (2, True), (2, False), (3, True), (4, True), (4, False)]
 
 
 SECOND = """

@@ -103,10 +103,10 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(pretrained, world, tmp_path):
              "0.1", "--val-examples", "4"]
     run("finetune.py", *words, "--output", tmp_path / "whole", "--steps", "3")
     run("finetune.py", *words, "--output", tmp_path / "parts", "--steps", "2")
-    best = torch.load(tmp_path / "parts" / "best.pt")
+    best = torch.load(tmp_path / "parts" / "best.pt", weights_only=True)
     torch.save({**best, "best": 3.0}, tmp_path / "parts" / "best.pt")  # better than any can be: it stays
     run("finetune.py", "--resume", tmp_path / "parts" / "last.pt", "--steps", "3")
-    assert torch.load(tmp_path / "parts" / "best.pt")["best"] == 3.0
+    assert torch.load(tmp_path / "parts" / "best.pt", weights_only=True)["best"] == 3.0
     whole, parts = (load_checkpoint(str(tmp_path / name / "last.pt")) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 3
     for name, tensor in whole["model"].items():

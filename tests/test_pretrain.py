@@ -126,7 +126,7 @@ def test_processes_and_parts_change_nothing(one_step, weights, launch, flags):
     for a, b in zip(one["optimizer"]["state"].values(), many["optimizer"]["state"].values()):
         torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-3, atol=1e-6)
     # Nor do they change the rates: the ResNet learns at its own
-    before = torch.load(weights)
+    before = torch.load(weights, weights_only=True)
     moved = [float((many["model"][f"backbone.resnet.{name}"] - value).abs().max()) for name, value in before.items()
              if name.endswith("weight") and f"backbone.resnet.{name}" in one["model"]]
     assert 0.9e-5 < max(moved) < 1.2e-5
@@ -454,19 +454,12 @@ def test_numbers_beyond_all_sense_are_refused_by_name(flag, value, capsys):
 def test_resuming_a_checkpoint_that_somebody_has_edited(run, tmp_path, capsys, change, says):
     shutil.copytree(run[0], tmp_path / "out")
     path = str(tmp_path / "out" / "last.pt")
-    state = torch.load(path)
+    state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, path)
     assert pretrain.main(["--resume", path, "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert says in said and path in said and said.count("\n") == 1
-
-
-def test_damaged_lines_of_a_log_go_when_its_run_is_resumed(tmp_path):
-    good = '{"step": 1}\n{"step": 2}\n'
-    (tmp_path / "log.jsonl").write_bytes(good.encode() + b'{"step": "x"}\n\xff\n[]\n{"step": []}\n{"step": 3}\n')
-    pretrain.clear_output(str(tmp_path), 2, print)
-    assert (tmp_path / "log.jsonl").read_text() == good
 
 
 @pytest.mark.parametrize("flag", ["--output", "--data"])
