@@ -227,6 +227,19 @@ def test_a_log_that_cannot_be_written(copy, monkeypatch, capsys):
     assert [line["step"] for line in log(copy) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux has a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, capsys):
+    assert pretrain.main([*flags_of(str(tmp_path / "none"), "/proc/self/run"), "--steps", "1"]) == 2
+    assert "--output /proc/self/run: cannot be written (" in capsys.readouterr().err
+
+
+def test_deterministic(world, tmp_path):
+    """--deterministic holds for its run and not for the next one in the same process."""
+    for flags, on in (["--deterministic"], True), ([], False):
+        assert pretrain.main([*flags_of(world, tmp_path / "run"), "--steps", "1", *flags]) == 0
+        assert torch.are_deterministic_algorithms_enabled() == on
+
+
 def test_a_step_that_is_not_finite_is_skipped(whole, world, tmp_path, monkeypatch, capsys):
     """The weights, the statistics of batch norm and the optimiser stay as they were; the run ends as one that had
     those pictures nowhere."""
