@@ -51,6 +51,11 @@ LONG_SIDE = 1333
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line that names it and says what to do."""
 
+    def __str__(self):
+        """A name or a record can hold anything: the message stays one line, of a length that can be read."""
+        says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return says if len(says) <= 2000 else f"{says[:1000]} ... {says[-900:]}"
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # Word pieces
@@ -1556,7 +1561,7 @@ def attempt(function, world):
         result = function()
     except InputError as error:
         # From a loader's worker comes a whole traceback as text; our own line stands at its end.
-        problem = str(error).rsplit("InputError: ", 1)[-1].strip()
+        problem = error.args[0].rsplit("InputError: ", 1)[-1].strip()
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -1658,9 +1663,7 @@ def command(script, work):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except InputError as error:
-            # A name or a record can hold anything; the message is one line, of a length that can be read
-            says = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-            code, says = 2, f"{script}: " + (says if len(says) <= 2000 else f"{says[:1000]} ... {says[-900:]}")
+            code, says = 2, f"{script}: {error}"
             if stop.saved:
                 says += (f"\n{script}: the last checkpoint is of step {stop.saved[0]}; go on with: "
                          f"{launch(script, ['--resume', stop.saved[1]])}")

@@ -63,6 +63,7 @@ from data import (
     gathered,
     index_pretraining,
     index_task,
+    is_usable,
     launch,
     load_picture,
     mask_words,
@@ -1451,8 +1452,11 @@ def check_asked(args, viewer):
     asked = [flag for flag in ("question", "statement", "find", "sentence") if getattr(args, flag) is not None]
     if len(asked) > 1:
         raise InputError(f"--{asked[0]}, --{asked[1]}: give one of them")
-    if asked and not getattr(args, asked[0]).strip():
-        raise InputError(f"--{asked[0]}: is empty")
+    for flag in asked:
+        if not is_usable(getattr(args, flag), str):  # bytes that are no UTF-8
+            raise InputError(f"--{flag} {getattr(args, flag)!r:.40}: is no text")
+        if not getattr(args, flag).strip():
+            raise InputError(f"--{flag}: is empty")
     can, asked = viewer.can(), asked or ["image alone"]
     for what in [*asked, "attention"] if args.attention else asked:
         if what not in can and not (args.attention and what == "image alone"):

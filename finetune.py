@@ -413,6 +413,8 @@ def train(args, state, stop):
         over = share_done(step, steps, before, args.minutes) >= 1
         say(f"{args.resume}: " + (f"has ended, at step {step}; more --steps, --epochs or --minutes would go on" if over
                                   else f"going on at step {step}"))
+        if over and state.get("ended"):  # else it was stopped in its last validation, which is made up for
+            return stop_processes(world)
 
     output = Output(args, state if args.resume else None, rank, world, stop, say)
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "words")}
@@ -424,9 +426,9 @@ def train(args, state, stop):
     started = logged = saved = time.time()
     next_val = state["next_val"] if args.resume else args.val_every
 
-    def save():
+    def save(ended=False):
         output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
-                    best=best, next_val=next_val, broken=sorted(broken), bad_steps=bad_steps)
+                    best=best, next_val=next_val, broken=sorted(broken), bad_steps=bad_steps, ended=ended)
 
     def show_progress(total):
         return tqdm(total=total, initial=step, disable=None if rank == 0 else True, unit="step")
@@ -468,8 +470,9 @@ def train(args, state, stop):
 
         attempt(write, world)
         stop.hold()
-        next_val += args.val_every
-        save()  # now with this validation done
+        while next_val <= step / batches.per_epoch:
+            next_val += args.val_every
+        save(ended=done)  # now with this validation done
         to_training()
 
     if args.task in ("vqa", "nlvr2") and rank == 0 and not args.resume:  # what needs no model at all, to compare with

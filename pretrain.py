@@ -327,6 +327,7 @@ def load_optimizer(optimizer, kept, source):
     state, groups = (kept.get(key) if isinstance(kept, dict) else None for key in ("state", "param_groups"))
     fits = (isinstance(state, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
             and [g.get("params") for g in groups] == [g["params"] for g in own["param_groups"]]
+            and all(isinstance(g.get("lr", 0.0), (int, float)) for g in groups)
             and all(at in range(len(parameters)) and isinstance(values, dict) and values.keys() == {
                 "step", "exp_avg", "exp_avg_sq"} and all(
                 torch.is_tensor(value) and value.shape == (() if name == "step" else parameters[at].shape)
@@ -334,6 +335,8 @@ def load_optimizer(optimizer, kept, source):
                 for at, values in state.items()))
     if not fits:
         raise InputError(f"{source}: its optimiser's state is not of this model; the file is damaged, give another one")
+    for group, before in zip(own["param_groups"], groups):
+        group["lr"] = before.get("lr", group["lr"])  # each step sets it anew; a run that has ended keeps its last
     optimizer.load_state_dict({**own, "state": state})
 
 
@@ -616,6 +619,8 @@ def train(args, state, stop):
         over = share_done(step, steps, spent, args.minutes) >= 1
         say(f"{args.resume}: " + (f"has ended, at step {step}; more --steps, --epochs or --minutes would go on" if over
                                   else f"going on at step {step}"))
+        if over and state.get("ended"):  # else it was stopped in its last validation, which is made up for
+            return stop_processes(world)
 
     # The run
     output = Output(args, state, rank, world, stop, say)
@@ -626,9 +631,9 @@ def train(args, state, stop):
     if rank == 0:
         write_report(args.output, facts)  # a run that is stopped before its first validation has one too
 
-    def save():
+    def save(ended=False):
         output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
-                    validation_due=due, broken=sorted(broken), bad_steps=bad_steps)
+                    validation_due=due, broken=sorted(broken), bad_steps=bad_steps, ended=ended)
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
 
@@ -754,11 +759,13 @@ def train(args, state, stop):
     if broken:
         say(f"{len(broken)} pictures could not be decoded and were replaced: {sorted(broken)[:3]}")
     measures = validate()
-    stop.release()
-    bar.close()
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
         draw_sheet(sheet, model, tokenizer, names, val[:12], without=args.without, **size)
+    save(ended=True)
+    stop.release()
+    bar.close()
+    if val:
         say(summary(measures, len(val), args.output))
     stop_processes(world)
 

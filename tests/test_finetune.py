@@ -65,7 +65,7 @@ def test_each_task_trains_validates_and_is_evaluated(task, tuned, pretrained, wo
     scores = {k[4:]: v for k, v in val.items() if k.startswith("val_")}
     assert set(scores) == KEYS[task]
     assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "log.jsonl", "previous.pt", "report.html",
-                                             "report.json"]
+                                          "report.json"]
     # What the task needs has learnt, and nothing else
     before, after = load_checkpoint(pretrained)["model"], load_checkpoint(f"{folder}/last.pt")
     learnt = {name.split(".")[0] for name, value in before.items() if not torch.equal(after["model"][name], value)}

@@ -49,7 +49,8 @@ def run(world, tmp_path_factory):
 
 def test_a_run_writes_its_log_checkpoint_and_sheet(run):
     folder, said = run
-    assert sorted(os.listdir(folder)) == ["last.pt", "log.jsonl", "report.html", "report.json", "sheet.png"]
+    assert sorted(os.listdir(folder)) == ["last.pt", "log.jsonl", "previous.pt", "report.html", "report.json",
+                                          "sheet.png"]
     steps, validations = log(folder)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     parts = ("loss_mlm", "loss_itm", "loss_caption", "loss_class", "loss_bbox", "loss_giou", "loss_attribute")
@@ -172,8 +173,8 @@ def test_two_hosts_train_and_measure_as_one_process(one_step, two_hosts, world, 
 
 
 def test_two_processes_measure_what_one_does(run, command, tmp_path):
-    shutil.copytree(run[0], tmp_path / "out")
-    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", launch=TORCHRUN))
+    shutil.copytree(run[0], tmp_path / "out")  # previous.pt is of before its last validation, which is then taken again
+    ok(command("pretrain.py", "--resume", tmp_path / "out" / "previous.pt", launch=TORCHRUN))
     (one,), (two,) = log(run[0])[1], log(tmp_path / "out")[1]
     assert one == pytest.approx(two, abs=1e-6)
 

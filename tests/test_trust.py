@@ -1,6 +1,7 @@
 """What a run survives: damaged and missing checkpoints, a full disk, losses that are not finite, processes that die."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -59,10 +60,32 @@ def flags_of(world, folder):
             "--checkpoint-minutes", "0"]
 
 
+def cut(original, at):
+    """A function that is interrupted when it is called for the so-manieth time: its process has no time to do anything.
+    """
+    calls = itertools.count(1)
+
+    def function(*args, **kwargs):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+    return function
+
+
+@pytest.fixture(scope="module")
+def unfinished(one_thread, world, tmp_path_factory):
+    """The same, cut off in the last validation: last.pt of step 6, previous.pt of step 5."""
+    folder = str(tmp_path_factory.mktemp("trust") / "unfinished")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "measure_with_blind", cut(pretrain.measure_with_blind, 2))
+        pretrain.main([*flags_of(world, folder), "--steps", "6"])
+    return folder
+
+
 @pytest.fixture
-def copy(whole, tmp_path):
-    """A run of six steps of one's own: last.pt of step 6, previous.pt of step 5."""
-    shutil.copytree(whole, tmp_path / "run")
+def copy(unfinished, tmp_path):
+    """That run, to break."""
+    shutil.copytree(unfinished, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -70,9 +93,21 @@ def copy(whole, tmp_path):
 # Checkpoints
 
 
-def test_the_last_two_checkpoints_are_kept(whole):
-    assert names_of(whole) == ["last.pt", "previous.pt"]
-    assert [load_checkpoint(os.path.join(whole, name))["step"] for name in ("last.pt", "previous.pt")] == [6, 5]
+def test_the_last_two_checkpoints_are_kept(unfinished):
+    assert names_of(unfinished) == ["last.pt", "previous.pt"]
+    assert [load_checkpoint(os.path.join(unfinished, name))["step"] for name in ("last.pt", "previous.pt")] == [6, 5]
+
+
+def test_a_run_that_has_ended_stays_as_it_is(whole, world, tmp_path, capsys):
+    """With more --steps it goes on, and the log keeps what was measured at its end."""
+    shutil.copytree(whole, tmp_path / "run")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(whole)}
+    assert pretrain.main([*flags_of(world, tmp_path / "run"), "--steps", "6", "--resume", "auto"]) == 0
+    assert "has ended, at step 6" in capsys.readouterr().out
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+    assert pretrain.main(["--resume", str(tmp_path / "run" / "last.pt"), "--steps", "7"]) == 0
+    assert [(line["step"], "loss" in line) for line in log(tmp_path / "run")][-4:] == [
+        (6, True), (6, False), (7, True), (7, False)]
 
 
 def damaged(content, how, rng):
@@ -163,17 +198,6 @@ def test_going_back_to_the_one_before(copy, world):
 def test_a_run_that_is_cut_off_ends_as_the_undisturbed_one(whole, world, stop, tmp_path, monkeypatch):
     """Cut off without a chance to write anything: in a step's second part, or in the validation after step 4, before or
     after its line is in the log."""
-    calls = 0
-
-    def cut(original, at):
-        def function(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-        return function
-
     with monkeypatch.context() as patch:
         if isinstance(stop, str):
             patch.setattr(pretrain, stop, cut(getattr(pretrain, stop), 1))
@@ -253,7 +277,9 @@ def test_a_step_that_is_not_finite_is_skipped(whole, world, tmp_path, monkeypatc
 
     monkeypatch.setattr(pretrain, "losses", spoil)
     flags = [*flags_of(world, tmp_path / "run"), "--val-every", "0"]
-    assert pretrain.main([*flags, "--steps", "2"]) == 0
+    monkeypatch.setattr(pretrain, "measure_with_blind", cut(None, 1))  # else a third checkpoint would come after it
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main([*flags, "--steps", "2"])
     said = capsys.readouterr().out
     assert "step 1: not finite (loss_mlm nan" in said and "skipped; pictures coco" in said.replace("vg", "coco")
     one, two = (load_checkpoint(str(tmp_path / "run" / name)) for name in ("previous.pt", "last.pt"))
