@@ -1405,7 +1405,7 @@ class Watch(threading.Thread):
             try:
                 self.tell()
                 if self.store.check(["watch/end"]):
-                    self.end()
+                    self.leave(self.store.get("watch/end").decode())
                 if time.monotonic() - heard < self.limit / 20:  # many processes need not ask each other every second
                     continue
                 self.listen()
@@ -1428,8 +1428,8 @@ class Watch(threading.Thread):
                 self.end([other for other, marks in busy.items() if marks == min(busy.values())],
                          f"has come no further for {self.limit:.0f} s (--timeout)")
 
-    def end(self, ranks=(), what=""):
-        """Say which processes keep the others waiting, and end this one, whose main thread may be deep in a wait.
+    def end(self, ranks, what):
+        """Say which processes keep the others waiting, and end this one.
 
         The first one leaves a note and lets the others read it, or they would say that they lost one that has ended so.
         """
@@ -1439,7 +1439,11 @@ class Watch(threading.Thread):
                 says = self.store.get("watch/end").decode()
             else:
                 self.store.set("watch/end", says)
-                time.sleep(2 * self.tick)
+                time.sleep(max(1.0, 2 * self.tick))
+        self.leave(says)
+
+    def leave(self, says):
+        """End this process, whose main thread may be deep in a wait."""
         print(f"rank {self.rank}: {says}; this process ends", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():  # loader workers, which would only notice after a while
             child.kill()
