@@ -1481,6 +1481,8 @@ def show_own(args, viewer):
     check_asked(args, viewer)
     if args.image.count("-") > 1:
         raise InputError("--image -: standard input can be read once")
+    if "" in args.image:
+        raise InputError("--image: one of its names is empty; give a file or a folder")
     longest = viewer.tokenizer.max_tokens - 2
     for text in filter(None, (args.question, args.statement, args.find, args.sentence)):
         pieces = len(viewer.tokenizer.wordpiece.encode(text, add_special_tokens=False).ids)
@@ -1579,7 +1581,7 @@ def show_found(args, viewer, pictures, total, folder, results):
 def show_statement(args, viewer, pictures):
     """--statement about two pictures."""
     if len(pictures) != 2:
-        raise InputError("--statement: needs two pictures that can be read, first the left one, then the right one")
+        raise InputError("--statement: needs two pictures that can be read: --image LEFT RIGHT")
     (left, _, a), (right, _, b) = pictures
     chance = viewer.judge(a, b, args.statement)
     print(f"{left}, {right}\n   {str(chance > 0.5).lower()} ({max(chance, 1 - chance):.2f}): {args.statement}")

@@ -274,7 +274,7 @@ def odd_state(rng, path):
         del state[rng.choice(list(state))]
     elif kind == "NaN":
         tensor = weights[rng.choice([k for k, v in weights.items() if v.is_floating_point() and v.numel()])]
-        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice((float("nan"), float("inf")))
+        tensor[tuple(map(rng.randrange, tensor.shape))] = rng.choice((float("nan"), float("inf")))
     elif kind == "weights":
         key = rng.choice(list(weights))
         change = rng.choice(("missing", "more", "shape", "type", "odd"))
