@@ -1555,6 +1555,18 @@ def gathered(value, world):
     return values
 
 
+def share_statistics(model, world):
+    """Give all processes the first one's statistics of batch norm that trains; collective.
+
+    Each has added its own pictures of the last step to what they had in common. A checkpoint holds the first one's, and
+    what is measured should be the model that is kept.
+    """
+    if world > 1:
+        with waiting():
+            for tensor in model.buffers():
+                dist.broadcast(tensor, 0)
+
+
 def attempt(function, world):
     """Call a function in each process; if it raises InputError in any of them, raise that in all; collective.
 

@@ -50,6 +50,7 @@ from data import (
     progressed,
     read_json,
     say_first,
+    share_statistics,
     start_processes,
     stop_processes,
     summed,
@@ -453,6 +454,7 @@ def train(args, state, stop):
         if stop.saved != (step, output.last):
             save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
+        share_statistics(model, world)
         if bar.disable:
             say(f"step {step}/{bar.total}  validating on {len(val)} examples")
         bar.leave = done

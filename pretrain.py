@@ -57,6 +57,7 @@ from data import (
     progressed,
     resized,
     say_first,
+    share_statistics,
     start_processes,
     stop_processes,
     summed,
@@ -642,6 +643,7 @@ def train(args, state, stop):
         if stop.saved != (step, output.last):
             save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
+        share_statistics(model, world)
         measures = {}
         if val:
             bar.set_description("validating")

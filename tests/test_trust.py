@@ -323,10 +323,10 @@ def test_weights_that_are_not_finite_are_not_kept(copy, monkeypatch, capsys):
 WAIT = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data
+import data, torch
 def work(stop):
     rank, world, device = data.start_processes("cpu", {limit} / 60)
-    for step in range(1000):
+    for step in range({steps}):
         print(step, flush=True)
         {body}
         data.summed([1.0], world, device)
@@ -335,13 +335,13 @@ sys.exit(data.command("loop.py", work))
 """
 
 
-def processes(limit, body="pass", world=2):
+def processes(limit, body="pass", world=2, steps=1000):
     """Some processes that sum a number again and again, started without torchrun, which would end them itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     found = [subprocess.Popen(
-        [sys.executable, "-c", WAIT.format(root=ROOT, limit=limit, body=body)], text=True, stdout=subprocess.PIPE,
+        [sys.executable, "-c", WAIT.format(root=ROOT, limit=limit, body=body, steps=steps)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world),
                                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
         for rank in range(world)]
@@ -379,6 +379,14 @@ def test_a_process_that_comes_no_further_is_named_by_all():
     three = processes(3, body, world=3)
     for rank, process in enumerate(three):
         assert ends(process, 30) == [f"rank {rank}: rank 1 has come no further for 3 s (--timeout); this process ends"]
+
+
+def test_all_processes_measure_the_model_that_is_kept():
+    """Batch norm's statistics are each process's own until the next step; the checkpoint has the first one's."""
+    body = "norm = torch.nn.BatchNorm1d(2); norm.running_mean.fill_(rank + 5); data.share_statistics(norm, world); " \
+           "print(norm.running_mean.tolist(), flush=True)"
+    for process in processes(60, body, steps=1):
+        assert process.communicate(timeout=60)[0] == "[5.0, 5.0]\n"
 
 
 def test_a_training_whose_second_process_is_killed(world, tmp_path):
