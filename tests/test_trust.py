@@ -341,9 +341,10 @@ def processes(limit, body="pass", world=2, steps=1000):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     found = [subprocess.Popen(
-        [sys.executable, "-c", WAIT.format(root=ROOT, limit=limit, body=body, steps=steps)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world),
-                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-c", WAIT.format(root=ROOT, limit=limit, body=body, steps=steps)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
         for rank in range(world)]
     for process in found:
         process.stdout.readline()  # it has met the others
