@@ -1375,7 +1375,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.limit, self.tick = store, rank, limit, min(1.0, limit / 20)
         self.beats = self.marks = 0
-        self.waiting = self.over = False
+        self.waiting, self.over, self.says = False, False, ""
         self.news = {other: (None, None, time.monotonic()) for other in range(world) if other != rank}
         self.tell()
 
@@ -1433,14 +1433,15 @@ class Watch(threading.Thread):
 
         The first one leaves a note and lets the others read it, or they would say that they lost one that has ended so.
         """
-        says = f"rank {', '.join(map(str, sorted(ranks)))} {what}"
-        with contextlib.suppress(RuntimeError):  # the store can be gone
-            if self.store.check(["watch/end"]):
-                says = self.store.get("watch/end").decode()
-            else:
-                self.store.set("watch/end", says)
-                time.sleep(max(1.0, 2 * self.tick))
-        self.leave(says)
+        if not self.says:  # else the other thread of this process is at it
+            self.says = f"rank {', '.join(map(str, sorted(ranks)))} {what}"
+            with contextlib.suppress(RuntimeError):  # the store can be gone
+                if self.store.check(["watch/end"]):
+                    self.says = self.store.get("watch/end").decode()
+                else:
+                    self.store.set("watch/end", self.says)
+                    time.sleep(max(1.0, 2 * self.tick))
+        self.leave(self.says)
 
     def leave(self, says):
         """End this process, whose main thread may be deep in a wait."""
