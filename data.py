@@ -1381,13 +1381,13 @@ class Watch(threading.Thread):
 
     def tell(self):
         self.beats += 1
-        self.store.set(f"watch/{self.rank}", f"{self.beats} {self.marks} {int(self.waiting)}")
+        self.store.set(str(self.rank), f"{self.beats} {self.marks} {int(self.waiting)}")
 
     def listen(self):
         """What is new of the others: self.news[rank] = (beats, (marks, waiting), when the beats last changed)."""
         for other, (beats, _, since) in self.news.items():
-            if self.store.check([f"watch/{other}"]):
-                told, *rest = map(int, self.store.get(f"watch/{other}").split())
+            if self.store.check([str(other)]):
+                told, *rest = map(int, self.store.get(str(other)).split())
                 self.news[other] = told, rest, since if told == beats else time.monotonic()
 
     def silent(self, seconds):
@@ -1404,8 +1404,8 @@ class Watch(threading.Thread):
             awake = time.monotonic()
             try:
                 self.tell()
-                if self.store.check(["watch/end"]):
-                    self.leave(self.store.get("watch/end").decode())
+                if self.store.check(["end"]):
+                    self.leave(self.store.get("end").decode())
                 if time.monotonic() - heard < self.limit / 20:  # many processes need not ask each other every second
                     continue
                 self.listen()
@@ -1436,10 +1436,10 @@ class Watch(threading.Thread):
         if not self.says:  # else the other thread of this process is at it
             self.says = f"rank {', '.join(map(str, sorted(ranks)))} {what}"
             with contextlib.suppress(RuntimeError):  # the store can be gone
-                if self.store.check(["watch/end"]):
-                    self.says = self.store.get("watch/end").decode()
+                if self.store.check(["end"]):
+                    self.says = self.store.get("end").decode()
                 else:
-                    self.store.set("watch/end", self.says)
+                    self.store.set("end", self.says)
                     time.sleep(max(1.0, 2 * self.tick))
         self.leave(self.says)
 
@@ -1519,9 +1519,11 @@ def start_processes(device, minutes=30.0):
     store, *_ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=minutes))))
     # The Watch has a connection of its own: the other one is busy while a collective waits. It decides who waited too
     # long; torch's own limit, which counts what takes long but does go on as well, is out of its way.
-    watch = Watch(store.clone(), rank, world, 60 * minutes)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=dist.PrefixStore("group", store),
-                            rank=rank, world_size=world, timeout=timedelta(days=1))
+    # After a restart (torchrun's --max-restarts) the notes of before are still in the store.
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch = Watch(dist.PrefixStore(f"watch {turn}", store.clone()), rank, world, 60 * minutes)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=rank, world_size=world,
+                            store=dist.PrefixStore(f"group {turn}", store), timeout=timedelta(days=1))
     watch.start()
     return rank, world, device
 
