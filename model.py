@@ -694,6 +694,8 @@ def save_checkpoint(path, model, vocabulary, names, previous=None, **more):
             try:
                 os.link(path, link)  # a second name, so that there is no moment without a file at `path`
                 os.replace(link, previous)
+                if os.path.lexists(link):  # renaming does nothing where both are names of one file already
+                    os.remove(link)
             except OSError:  # a file system without links
                 os.replace(path, previous)
         os.replace(temporary, path)

@@ -98,6 +98,16 @@ def test_the_last_two_checkpoints_are_kept(unfinished):
     assert [load_checkpoint(os.path.join(unfinished, name))["step"] for name in ("last.pt", "previous.pt")] == [6, 5]
 
 
+def test_a_save_that_was_cut_between_two_names_leaves_none_too_many(tmp_path):
+    """Killed when previous.pt was a name of last.pt's file already: renaming one name of a file to another does nothing.
+    """
+    last, previous = (str(tmp_path / name) for name in ("last.pt", "previous.pt"))
+    save_checkpoint(last, small_model(), [], {}, step=1)
+    os.link(last, previous)
+    save_checkpoint(last, small_model(), [], {}, previous=previous, step=2)
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
+
+
 def test_a_run_that_has_ended_stays_as_it_is(whole, world, tmp_path, capsys):
     """With more --steps it goes on, and the log keeps what was measured at its end."""
     shutil.copytree(whole, tmp_path / "run")
