@@ -99,7 +99,7 @@ def test_the_last_two_checkpoints_are_kept(unfinished):
 
 
 def test_a_save_that_was_cut_between_two_names_leaves_none_too_many(tmp_path):
-    """Killed when previous.pt was a name of last.pt's file already: renaming a file's one name to its other does nothing."""
+    """Killed when previous.pt was last.pt's file already: renaming one name of a file to its other does nothing."""
     last, previous = (str(tmp_path / name) for name in ("last.pt", "previous.pt"))
     save_checkpoint(last, small_model(), [], {}, step=1)
     os.link(last, previous)
