@@ -2186,6 +2186,9 @@ def parse(argv):
     way = next((way for way in ("score", "report", "image") if getattr(args, way)), "data")
     given = [flag for flag, value in vars(args).items() if value != parser.get_default(flag)]
     for flag in given:
+        if getattr(args, flag) == "":  # which would be taken for none given
+            raise InputError(f"--{flag.replace('_', '-')}: is empty")
+    for flag in given:
         if flag in WAYS and flag != way:
             raise InputError(f"--{way}, --{flag}: give one of them")
     for flag in given:

@@ -795,6 +795,7 @@ def check_state(state, source):
     require(isinstance(names, dict) and all(texts(names.get(key)) for key in ("coco", "vg", "attributes")),
             "its names are not lists of texts")
     require(c.classes == {key: len(names[key]) for key in ("coco", "vg") if names[key]}
+            and all(type(number) is int for number in c.classes.values())  # 6.0 == 6, but no size
             and c.attributes == max(1, len(names["attributes"])), "its names are not as many as its config says")
     require(c.task != "vqa" or texts(names.get("answers")) and len(names["answers"]) == c.answers > 0,
             f"its names have not the {c.answers} answers of its config")

@@ -666,6 +666,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content, says):
     (lambda s: s.update(vocabulary=VOCABULARY[::-1]), "its vocabulary has no [PAD] at place 0"),
     (lambda s: s.update(names=1.5), "its names are not lists"),
     (lambda s: s["names"]["vg"].pop(), "its names are not as many"),
+    (lambda s: s["config"].update(classes={"coco": 3.0, "vg": 4}), "its names are not as many"),
     (lambda s: s["names"].update(coco=[1, 2, 3]), "its names are not lists"),
     (lambda s: s["model"].pop("mlm_bias"), "1 weights are missing, unknown or of another shape, the first is"),
     (lambda s: s["model"].update(mlm_bias=torch.zeros(50, dtype=torch.complex64)), "['mlm_bias']"),

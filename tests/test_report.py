@@ -83,6 +83,8 @@ def test_without_output_the_page_is_where_the_runs_are(runs, tmp_path, capsys):
         shutil.copytree(runs / "a", tmp_path / "runs" / name)
     assert evaluate.main(["--report", str(tmp_path / "runs/a"), str(tmp_path / "runs/b")]) == 0
     assert capsys.readouterr().out == os.path.relpath(tmp_path / "runs/report.html") + "\n"
+    assert evaluate.main(["--report", str(tmp_path / "runs/a"), "--output", ""]) == 2  # a variable that was not set
+    assert "--output: is empty" in capsys.readouterr().err
 
 
 def test_one_report_is_written_anew(runs, tmp_path):
