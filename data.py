@@ -1100,15 +1100,16 @@ def to_pixels(image, short, long=LONG_SIDE):
 # The inputs of the four tasks
 
 
-def mask_words(tokens, tokenizer, rng, share=0.15):
+def mask_words(tokens, tokenizer, rng, share=0.15, named=frozenset(), named_share=0.15):
     """Masked language modelling as in BERT: (input, labels); labels are -1 where nothing is to be guessed.
 
-    Each word is chosen on its own with probability 0.15; of the chosen, 80 % become [MASK], 10 % a random piece and
-    10 % stay, so that the model can never trust the word it sees. [CLS] and [SEP] are never chosen.
+    Each word is chosen on its own with probability `share`, those in `named` with `named_share`; of the chosen, 80 %
+    become [MASK], 10 % a random piece and 10 % stay, so that the model can never trust the word it sees. [CLS] and
+    [SEP] are never chosen.
     """
     tokens, labels = list(tokens), [-1] * len(tokens)
     for i, token in enumerate(tokens):
-        if token in (tokenizer.cls, tokenizer.sep) or rng.random() >= share:
+        if token in (tokenizer.cls, tokenizer.sep) or rng.random() >= (named_share if token in named else share):
             continue
         labels[i] = token
         chance = rng.random()
@@ -1127,8 +1128,10 @@ class PretrainingSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, pictures, tokenizer, attributes, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
-                 sentences_per_picture=1, without_sentence=0.25, seed=0):
+                 sentences_per_picture=1, without_sentence=0.25, seed=0, masks=None):
+        """masks: keywords of mask_words."""
         self.pictures, self.tokenizer, self.attributes, self.seed = pictures, tokenizer, attributes, seed
+        self.masks = masks or {}
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.K, self.without_sentence = sentences_per_picture, without_sentence
 
@@ -1151,7 +1154,7 @@ class PretrainingSet(torch.utils.data.Dataset):
             # Both kinds of sentence have words hidden, or ITM would only learn to look for [MASK]. But they are only
             # asked for where the sentence is true of the picture: a mismatched pair would teach MLM to ignore it.
             pieces, labels = mask_words(captions[-1] if other is None else self.tokenizer.encode(other),
-                                        self.tokenizer, rng)
+                                        self.tokenizer, rng, **self.masks)
             if other is not None:
                 labels = [-1] * len(pieces)
             tokens.append(pieces)

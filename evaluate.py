@@ -1898,9 +1898,9 @@ def tick_values(low, high, log=False):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title, curves, log=False, top=None):
-    """A figure with an inline SVG. curves: [(label, CSS classes, [(step, value)])]. The page's script reads the
-    scales from data-..., so that a pointer or the arrow keys tell the values.
+def chart(title, curves, log=False, top=None, unit="step"):
+    """A figure with an inline SVG. curves: [(label, CSS classes, [(step, value)])]; unit: what is counted below. The
+    page's script reads the scales from data-..., so that a pointer or the arrow keys tell the values.
     """
     curves = [(label, kind, points) for label, kind, points in curves if points]
     values = [y for _, _, points in curves for _, y in points]
@@ -1929,14 +1929,14 @@ def chart(title, curves, log=False, top=None):
         drawn.append(f'<polyline class="{kind}" data-label="{escape(label)}" points="{places}"/>')
         if len(points) < 30:
             drawn += [f'<circle class="{kind}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3"/>' for x, y in points]
-    says = "; ".join(f"{label}: {short_number(points[0][1])} at step {points[0][0]:.0f}, "
-                     f"{short_number(points[-1][1])} at step {points[-1][0]:.0f}" for label, _, points in curves)
+    says = "; ".join(f"{label}: {short_number(points[0][1])} at {unit} {points[0][0]:.0f}, "
+                     f"{short_number(points[-1][1])} at {unit} {points[-1][0]:.0f}" for label, _, points in curves)
     keys = "".join(f'<span class="key {kind}">{escape(label)} <b>{short_number(points[-1][1])}</b></span>'
                    for label, kind, points in curves)
     return (f'<figure class="chart"><figcaption><b>{escape(title)}</b> {keys}</figcaption>'
             f'<svg viewBox="0 0 {W} {H}" role="img" tabindex="0" aria-label="{escape(f"{title}. {says}")}" '
             f'data-left="{left}" data-right="{W - 10}" data-top="10" data-bottom="{H - bottom}" data-last="{last}" '
-            f'data-low="{low}" data-high="{high}" data-log="{int(log)}">{"".join(drawn)}</svg>'
+            f'data-low="{low}" data-high="{high}" data-log="{int(log)}" data-unit="{unit}">{"".join(drawn)}</svg>'
             f'<p class="reading" aria-live="polite"></p></figure>')
 
 
@@ -2093,11 +2093,19 @@ def report_settings(runs):
             "</details></section>")
 
 
-def report_page(runs, limit=5_000_000):
-    """One HTML page of one run or several (each as `read_run` gives it), no longer than `limit` bytes."""
+def fill_page(title, lead, body, sections, symbols=""):
+    """assets/report.html with a page's parts; sections: {id: name} of those in body, which is HTML."""
     here = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(here, "assets", "report.html"), encoding="utf-8") as file:
         template = file.read()
+    parts = {"title": escape(title), "lead": escape(lead), "body": body, "symbols": symbols,
+             "sections": "".join(f'<a href="#{name}">{says}</a>' for name, says in sections.items())}
+    # All at once: a sentence may have braces of its own
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
+
+
+def report_page(runs, limit=5_000_000):
+    """One HTML page of one run or several (each as `read_run` gives it), no longer than `limit` bytes."""
     names = ", ".join(run["name"] for run in runs)
     last = [run["lines"][-1]["step"] for run in runs]
     spent = [line["seconds"] for run in runs for line in run["lines"][-3:] if _is(line.get("seconds"), NUMBER)]
@@ -2106,11 +2114,9 @@ def report_page(runs, limit=5_000_000):
     curves, settings, most = report_curves(runs), report_settings(runs), max(len(run["gallery"]) for run in runs)
     while True:
         gallery, symbols = report_gallery(runs, most)
-        parts = {"title": escape(f"E2E-VLP: {names}"), "lead": escape(lead), "symbols": symbols,
-                 "body": curves + gallery + settings,
-                 "pictures": '<a href="#gallery">Pictures</a>' if gallery else ""}
-        # All at once: a sentence may have braces of its own
-        page = re.sub(r"{{(\w+)}}", lambda found, parts=parts: parts[found[1]], template)
+        sections = {"measures": "Measures", "losses": "Losses", **({"gallery": "Pictures"} if gallery else {}),
+                    "settings": "Settings"}
+        page = fill_page(f"E2E-VLP: {names}", lead, curves + gallery + settings, sections, symbols)
         if len(page.encode(errors="backslashreplace")) <= limit or not most:
             return page
         most //= 2

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -64,7 +65,7 @@ from data import (
     writing,
 )
 from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
-from matcher import LOSS_WEIGHTS, count, set_loss
+from matcher import LOSS_WEIGHTS, cell_loss, count, set_loss
 from model import BACKBONES, E2EVLP, Attention, Config, count_parameters, load_checkpoint, save_checkpoint
 
 TASKS = ("mlm", "itm", "detection", "attributes", "caption")
@@ -195,6 +196,20 @@ def parse(argv):
     g.add_argument("--without-sentence", type=float, default=0.25, metavar="SHARE",
                    help="share of pictures detected without a sentence, 0 to 1")
     add_model_flags(parser)
+    g = parser.add_argument_group("ideas beyond the paper")
+    g.add_argument("--mask-share", type=float, default=0.15, metavar="SHARE", help="share of the words hidden for MLM")
+    g.add_argument("--mask-named", type=float, metavar="SHARE",
+                   help="the same of words that name an object or attribute of the label sets (default: --mask-share)")
+    g.add_argument("--query-groups", type=int, default=1, metavar="N",
+                   help="sets of queries, each of which finds all objects in training")
+    g.add_argument("--cells", type=float, default=0, metavar="WEIGHT",
+                   help="loss that asks the grid's cell at an object's centre for its class and attributes; 0: none")
+    g.add_argument("--contrastive", type=float, default=0, metavar="WEIGHT",
+                   help="loss between the encodings of picture alone and sentence alone")
+    g.add_argument("--hard-negatives", action="store_true",
+                   help="with --contrastive: half of ITM's wrong sentences are those that it takes for right")
+    g.add_argument("--ema", type=float, default=0, metavar="DECAY",
+                   help="measure and keep a moving average of the weights, which keeps this share each step")
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures a step, over all processes")
     g.add_argument("--epochs", type=float, default=200, metavar="N", help="passes over the distinct pictures")
@@ -284,6 +299,7 @@ def config_of(args, tokenizer, names, **more):
         **{flag: getattr(args, flag) for flag in MODEL_FLAGS}, frozen_batch_norm=args.backbone_weights != "none",
         vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens,
         classes={name: len(names[name]) for name in ("coco", "vg") if names[name]},
+        query_groups=getattr(args, "query_groups", 1), contrastive=getattr(args, "contrastive", 0) > 0,
         attributes=max(1, len(names["attributes"])), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
         mask=tokenizer.mask, **more)
 
@@ -320,6 +336,12 @@ def check_kept(parser, kept, source):
         kinds = (bool,) if action.nargs == 0 else (int, float) if action.type is float else (action.type or str,)
         require((values or default == []) and all(
             type(v) in kinds and (not action.choices or v in action.choices) for v in values), flag)
+
+
+def pieces_of(names, tokenizer):
+    """The word pieces of all names of objects and attributes."""
+    return frozenset(piece for kind in ("coco", "vg", "attributes") for name in names[kind]
+                     for piece in tokenizer.encode(name)[1:-1])
 
 
 def load_optimizer(optimizer, kept, source):
@@ -428,7 +450,12 @@ def counts_of(batch, args):
     """
     mlm, itm = len(batch["mlm_places"]), batch["itm_labels"].numel()
     words = (batch["captions"][..., 1:] != args.pad).sum()
-    return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries).tolist()]
+    return [float(mlm), float(itm), float(words), *count(grouped(batch, args), args.queries).tolist()]
+
+
+def grouped(batch, args):
+    """The targets for each group of queries: what --query-groups adds to a picture."""
+    return [target for target in batch["targets"] for _ in range(args.query_groups)]
 
 
 def losses(outputs, batch, counts, args):
@@ -440,11 +467,15 @@ def losses(outputs, batch, counts, args):
         "loss_itm": F.cross_entropy(outputs["itm"].float(), batch["itm_labels"].flatten(), reduction="sum") / itm,
         "loss_caption": F.cross_entropy(outputs["caption"].float().flatten(0, 1), words, ignore_index=args.pad,
                                         reduction="sum") / caption,
-        **set_loss(outputs["objects"], batch["targets"], counts=torch.tensor(counts[3:])),
+        **set_loss(outputs["objects"], grouped(batch, args), counts=torch.tensor(counts[3:])),
+        **({"loss_contrastive": outputs["contrastive"]} if "contrastive" in outputs else {}),
+        **(cell_loss(outputs["cells"], batch["targets"], batch["sizes"], args.stride,
+                     -(-batch["images"].shape[-1] // args.stride), [c / args.query_groups for c in counts[3:]])
+           if "cells" in outputs else {}),
     }
 
 
-def weights_of(without, changed=()):
+def weights_of(without, changed=(), cells=0.0, contrastive=0.0):
     """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v); changed: ["mlm=3", ...]."""
     weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
     known = [name[5:] for name in weights]
@@ -457,10 +488,15 @@ def weights_of(without, changed=()):
         if name not in known or not 0 <= value < math.inf:
             raise InputError(f"--loss-weights {text}: must be NAME=NUMBER with a name of {', '.join(known)}")
         weights[f"loss_{name}"] = value
-    off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": ["loss_attribute"],
-           "detection": list(LOSS_WEIGHTS)}  # without objects there is nothing to have attributes
+    if cells:
+        weights.update(loss_cell=cells, loss_cell_attribute=cells)
+    if contrastive:
+        weights.update(loss_contrastive=contrastive)
+    attributes = ["loss_attribute", "loss_cell_attribute"]
+    off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": attributes,
+           "detection": [*LOSS_WEIGHTS, "loss_cell", *attributes]}  # without objects nothing has attributes
     for task in without:
-        weights.update(dict.fromkeys(off[task], 0.0))
+        weights.update({name: 0.0 for name in off[task] if name in weights})
     return weights
 
 
@@ -573,7 +609,7 @@ def train(args, state, stop):
         torch.manual_seed(args.seed)  # the same weights in each process
         model = E2EVLP(state["config"] if state else config_of(args, tokenizer, names))
         if state is not None:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(state.get("raw", state["model"]))
         elif args.backbone_weights != "none":
             model.backbone.load_weights(args.backbone_weights)
         return data, decodable(data["val"][:args.val_pictures], say), tokenizer, model
@@ -598,10 +634,19 @@ def train(args, state, stop):
     if args.compile:
         wrapped = torch.compile(wrapped)
 
+    # With --ema a moving average is measured and kept beside what learns
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
+    measured = model if average is None else average.module
+    if average is not None and state is not None:
+        measured.load_state_dict(state["model"])
+        average.n_averaged.fill_(step)
+
     # Batches
     trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
                               long_side=args.long_side, sentences_per_picture=args.sentences_per_picture,
-                              without_sentence=args.without_sentence, seed=args.seed)
+                              without_sentence=args.without_sentence, seed=args.seed, masks={
+                                  "share": args.mask_share, "named": pieces_of(names, tokenizer), "named_share":
+                                  args.mask_share if args.mask_named is None else args.mask_named})
     batches = Batches(data["train"].sizes, args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
@@ -625,7 +670,7 @@ def train(args, state, stop):
 
     # The run
     output = Output(args, state, rank, world, stop, say)
-    weights = weights_of(args.without, args.loss_weights)
+    weights = weights_of(args.without, args.loss_weights, args.cells, args.contrastive)
     broken, bad_steps = (set(state.get("broken", ())), state.get("bad_steps", 0)) if state else (set(), 0)
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad", "words")}
     facts = run_facts("pretrain.py", "pre-training", args, config, world, state is not None)
@@ -633,7 +678,8 @@ def train(args, state, stop):
         write_report(args.output, facts)  # a run that is stopped before its first validation has one too
 
     def save(ended=False):
-        output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
+        raw = {} if average is None else {"raw": model.state_dict()}  # what the optimiser goes on with
+        output.save(measured, tokenizer, names, step, **raw, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
                     validation_due=due, broken=sorted(broken), bad_steps=bad_steps, ended=ended)
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
@@ -643,25 +689,26 @@ def train(args, state, stop):
         if stop.saved != (step, output.last):
             save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
-        share_statistics(model, world)
+        share_statistics(measured, world)
         measures = {}
         if val:
             bar.set_description("validating")
             if bar.disable:
                 say(f"step {step}/{bar.total}  validating on {len(val)} pictures")
-            measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
+            measures = measure_with_blind(measured, tokenizer, names, val, batch_size=share // parts,
                                           amp=args.amp == "bf16", rank=rank, world=world, **size)
             output.log({"step": step, "epoch": step / batches.per_epoch, **measures})
             bar.set_description()
         if rank == 0:
             write_report(args.output, facts, pretrained_gallery(
-                model, tokenizer, names, val, amp=args.amp == "bf16", without=args.without, **size) if val else None)
+                measured, tokenizer, names, val, amp=args.amp == "bf16", without=args.without, **size) if val else None)
         due = False
         model.train()
         stop.hold()
         return measures
 
     statistics = Statistics(model)
+    model.hard_negatives, model.cells = args.hard_negatives, args.cells > 0
     model.train()
     iterator = iter(loader)
     bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
@@ -721,6 +768,8 @@ def train(args, state, stop):
         finite = bool(torch.isfinite(norm))  # the same in each process: it is the norm of the sum over all
         if finite:
             optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
         else:
             statistics.restore()
             bad_steps += 1
@@ -763,7 +812,7 @@ def train(args, state, stop):
     measures = validate()
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
-        draw_sheet(sheet, model, tokenizer, names, val[:12], without=args.without, **size)
+        draw_sheet(sheet, measured, tokenizer, names, val[:12], without=args.without, **size)
     save(ended=True)
     stop.release()
     bar.close()

@@ -495,7 +495,8 @@ def flops_of(function):
 
 
 def bottom_up_attention(args):
-    """The peer of two-step, and of all models before Pixel-BERT: (images uint8, tokens) -> logits of the answers.
+    """The peer of two-step, and of all models before Pixel-BERT: its two steps, images uint8 -> boxes with features,
+    and these with tokens -> logits of the answers.
 
     Faster R-CNN as Anderson et al. (2018) trained it on Visual Genome: ResNet-101 up to C4, 12 anchors a cell, 300
     proposals, RoIAlign 14 x 14, the fifth stage as box head, 1,601 classes; 36 boxes' pooled features go to LXMERT.
@@ -524,7 +525,7 @@ def bottom_up_attention(args):
     for module in (net, rpn, classifier, lxmert):
         module.to(args.device).eval()
 
-    def answer(images, tokens):
+    def look(images):
         height, width = images.shape[-2:]
         x = net.maxpool(net.relu(net.bn1(net.conv1(normalised(images)))))
         x = net.layer3(net.layer2(net.layer1(x)))
@@ -535,14 +536,15 @@ def bottom_up_attention(args):
         kept = batched_nms(boxes, score, label, 0.3)
         preferred = score.index_fill(0, kept, 2.0) + score  # those kept first; others only if there are too few
         best = preferred.topk(min(36, len(boxes))).indices
-        return lxmert(input_ids=tokens, visual_feats=features[best][None],
-                      visual_pos=(boxes[best] / boxes.new_tensor([width, height, width, height]))[None]
-                      ).question_answering_score
-    return answer
+        return features[best][None], (boxes[best] / boxes.new_tensor([width, height, width, height]))[None]
+
+    def read(seen, tokens):
+        return lxmert(input_ids=tokens, visual_feats=seen[0], visual_pos=seen[1]).question_answering_score
+    return look, read
 
 
 def pixel_bert_model(args):
-    """The peer of pixel-bert (Huang et al. 2020): (images uint8, tokens) -> logits of the answers.
+    """The peer of pixel-bert (Huang et al. 2020): images uint8 -> cells, these with tokens -> logits of the answers.
 
     ResNet-152, its last grid max-pooled 2 x 2, each cell projected to 768 units, BERT-base over words and cells.
     """
@@ -556,26 +558,32 @@ def pixel_bert_model(args):
     for module in (net, bert, project, classify):
         module.to(args.device).eval()
 
-    def answer(images, tokens):
+    def look(images):
         x = net.maxpool(net.relu(net.bn1(net.conv1(normalised(images)))))
         x = nn.functional.max_pool2d(net.layer4(net.layer3(net.layer2(net.layer1(x)))), 2)
+        return project(x.flatten(2).transpose(1, 2))
+
+    def read(seen, tokens):
         words = bert.embeddings.word_embeddings(tokens)
-        return classify(bert(inputs_embeds=torch.cat([words, project(x.flatten(2).transpose(1, 2))], 1)).pooler_output)
-    return answer
+        return classify(bert(inputs_embeds=torch.cat([words, seen], 1)).pooler_output)
+    return look, read
 
 
 @torch.inference_mode()
 def question(args, name, peer, height, width, target, how):
     """A row: one question, batch 1, from the picture's pixels and the question's word pieces to 3,129 logits."""
-    model, theirs = ours(args, backbone="r152", task="vqa", answers=3129), peer(args)
+    model, (look, read) = ours(args, backbone="r152", task="vqa", answers=3129), peer(args)
     (images, sizes), tokens = pixels(args, height, width), sentences(args, 1)
 
     def mine():
         return model.answer_questions(model.encode_picture(images, sizes), tokens)
 
+    def theirs():
+        return read(look(images), tokens)
+
     checked(mine(), 1, 3129)
-    checked(theirs(images, tokens), 1, 3129)
-    return row(name, *medians(args, mine, lambda: theirs(images, tokens)), "s", target,
+    checked(theirs(), 1, 3129)
+    return row(name, *medians(args, mine, theirs), "s", target,
                f"one question, {height} x {width}, r152 + 12 layers, against {how}")
 
 
@@ -1049,21 +1057,40 @@ def growth(args):
             for axis, (sizes, _, _, exponents) in table.items()]
 
 
+class Canvas:
+    """A white picture to draw lines and words on, for the README."""
+
+    SCALE = 2  # drawn twice as large, so that lines are smooth
+    COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222",  # also told apart by the
+               "#8C6D31", "#7F7F7F"]                                                         # colour-blind
+
+    def __init__(self, width, height):
+        self.size = width, height
+        self.image = Image.new("RGB", (width * self.SCALE, height * self.SCALE), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def line(self, points, colour, thick=3):
+        self.draw.line([(x * self.SCALE, y * self.SCALE) for x, y in points], fill=colour, width=thick * self.SCALE,
+                       joint="curve")
+
+    def text(self, x, y, words, size=17, anchor="lm", colour="#222222"):
+        self.draw.text((x * self.SCALE, y * self.SCALE), words, colour, ImageFont.load_default(size * self.SCALE),
+                       anchor)
+
+    def dot(self, x, y, colour):
+        self.draw.ellipse([v * self.SCALE for v in (x - 5, y - 5, x + 5, y + 5)], colour)
+
+    def save(self, path):
+        self.image.resize(self.size, Image.Resampling.LANCZOS).save(path)
+
+
 def draw_growth(path, table):
     """The table as a picture: time and memory as multiples of their first value, on logarithmic axes."""
-    scale = 2  # drawn twice as large, so that lines are smooth
     width, height, top, left, side, gap = 1280, 640, 70, 80, 490, 140
-    image = Image.new("RGB", (width * scale, height * scale), "white")
-    draw = ImageDraw.Draw(image)
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # also told apart by the colour-blind
+    canvas = Canvas(width, height)
+    line, text, colours = canvas.line, canvas.text, canvas.COLOURS
     doublings = max(len(sizes) for sizes, *_ in table.values()) - 1
     highest = 2 * doublings  # a square's doublings
-
-    def line(points, colour, thick=3):
-        draw.line([(x * scale, y * scale) for x, y in points], fill=colour, width=thick * scale, joint="curve")
-
-    def text(x, y, words, size=17, anchor="lm", colour="#222222"):
-        draw.text((x * scale, y * scale), words, colour, ImageFont.load_default(size * scale), anchor)
 
     for panel, what in enumerate(("time", "memory kept for the backward pass")):
         x0, y1 = left + panel * (side + gap), top + side
@@ -1082,7 +1109,7 @@ def draw_growth(path, table):
         for part in range(40):  # dashes
             a, b = (2 ** (doublings * (part + end) / 40) for end in (0, 0.55))
             line([place(a, a * a), place(b, b * b)], "#777777", 2)
-        draw.rectangle([v * scale for v in (x0 + 8, top + 8, x0 + 248, top + 204)], "white")
+        canvas.draw.rectangle([v * canvas.SCALE for v in (x0 + 8, top + 8, x0 + 248, top + 204)], "white")
         text(x0 + 20, top + 26, "exponent through all points", 16)
         text(x0 + 20, top + 52, "dashed: 2, attention's square", 16, colour="#777777")
         for number, (axis, (sizes, seconds, megabytes, exponents)) in enumerate(table.items()):
@@ -1090,11 +1117,11 @@ def draw_growth(path, table):
             points = [place(n / sizes[0], v / values[0]) for n, v in zip(sizes, values)]
             line(points, colours[number])
             for x, y in points:
-                draw.ellipse([(x - 5) * scale, (y - 5) * scale, (x + 5) * scale, (y + 5) * scale], colours[number])
+                canvas.dot(x, y, colours[number])
             y = top + 80 + 26 * number
             line([(x0 + 20, y), (x0 + 46, y)], colours[number])
             text(x0 + 56, y, f"{axis} {sizes[0]} to {sizes[-1]}: {exponents[2 * panel]:.2f}", 16)
-    image.resize((width, height), Image.Resampling.LANCZOS).save(path)
+    canvas.save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------

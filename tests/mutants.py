@@ -113,7 +113,7 @@ MISTAKES = {"model.py": [
     ("undescribed-boxes-counted", "the attribute loss is divided by boxes that are not asked too",
      'float((t["attributes"].sum(-1) > 0).sum())', 'len(t["attributes"])'),
     ("attributes-summed", "a box of five attributes weighs five times one of one",
-     " / wanted.sum(-1).clamp(min=1)", ""),
+     " / attributes.sum(-1).clamp(min=1)", ""),
     ("box-weights-exchanged", "L1 and GIoU have one another's weight in the sum",
      '"loss_bbox": 5.0, "loss_giou": 2.0', '"loss_bbox": 2.0, "loss_giou": 5.0'),
 ], "data.py": [

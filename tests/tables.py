@@ -1,0 +1,728 @@
+"""The paper's tables, one command each: train and fine-tune what a table needs, measure it, write it down.
+
+    python tests/tables.py --table 3 --mini --seeds 3 --output results     # on the miniature world, from nothing
+    python tests/tables.py --table recipe --mini --output results          # what helps beyond the paper's recipe
+    torchrun is used by: python tests/tables.py --table 3 --data DIR --gpus 8 --output tables      # the paper's sizes
+    python tests/tables.py --table 3 --data DIR --gpus 8 --dry-run         # its commands, and nothing else
+    python tests/tables.py --write README.md --output results              # a file's tables renewed, nothing run
+
+Each run is one command line of pretrain.py or finetune.py. One that has ended is kept in OUTPUT/runs/NAME.json with all
+of its validations, and serves every table that needs it; one that was stopped goes on where it was. Checkpoints are
+in --work; they are needed only as long as something is to be fine-tuned from them.
+
+Runs are compared by the pictures that they have seen, not by the clock: a slower machine needs longer and finds the
+same. OUTPUT/tableN.json has means, standard deviations and all values over the seeds, OUTPUT/tableN.md the same beside
+the paper's figures, OUTPUT/tableN.html the curves too.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from html import escape
+
+import torch
+from bench import (  # which puts the root on the path
+    ROOT,
+    Canvas,
+    bottom_up_attention,
+    checked,
+    medians,
+    ours,
+    pixel_bert_model,
+    pixels,
+    processor,
+    sentences,
+)
+
+import shapes
+from data import HelpFormatter, InputError, command, parse_json, read_text, write_safely
+from evaluate import chart, fill_page
+from finetune import DEFAULTS, MINI
+from model import E2EVLP, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, without its seed: a pre-training, or a fine-tuning that starts from one (or from nothing)."""
+    name: str
+    script: str
+    words: tuple
+    start: "Run | None" = None
+
+
+@dataclass
+class Table:
+    """What a table compares: rows of measures, each the key of a run's last validation."""
+    title: str
+    heads: dict                                 # measure -> its heading
+    rows: list = field(default_factory=list)    # (name, {measure: (Run, key)}, {measure: the paper's figure})
+    reference: str = ""                         # the row that the others are compared with
+    sizes: dict = field(default_factory=dict)   # row -> (height, width) of which a question's time is measured
+
+    def runs(self):
+        """All that is to be trained, each once, after what it starts from."""
+        own = [run for _, cells, _ in self.rows for run, _ in cells.values()]
+        return list(dict.fromkeys(r for run in own for r in (run.start, run) if r is not None))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the tables need
+
+# Passes over its examples that a fine-tuning takes in the miniature, for each 25,600 pictures of --budget
+PASSES = {"vqa": 4, "nlvr2": 8, "caption": 2, "flickr30k": 6, "detection": 4}
+# Table 3: the losses that a pre-training leaves out. Without objects there is nothing to have attributes.
+WITHOUT = {"all": (), "no captioning": ("caption",), "no attributes": ("attributes",), "no detection": ("detection",),
+           "words alone": ("detection", "caption")}
+PAPER_3 = {"all": (70.76, 72.12), "no captioning": (70.20, 71.59), "no attributes": (69.92, 70.92),
+           "no detection": (68.85, 70.38)}
+# The recipe: what differs from the paper's, alone and together. The miniature's sizes and learning rate are common to
+# all; the paper's recipe has one sentence a picture, 15 % of the words hidden, losses weighed alike, rates that drop
+# once, no warm-up.
+PAPER_RECIPE = ("--sentences-per-picture", "1", "--schedule", "step", "--warmup", "0",
+                "--loss-weights", "mlm=1", "itm=1", "caption=1", "attribute=1")
+IDEAS = {
+    "cosine schedule": ("--schedule", "cosine"),
+    "warm-up of a tenth": ("--warmup", "WARM"),
+    "2 sentences a picture": ("--sentences-per-picture", "2"),
+    "4 sentences a picture": ("--sentences-per-picture", "4"),
+    "8 sentences a picture": ("--sentences-per-picture", "8"),
+    "40 % of the words hidden": ("--mask-share", "0.4"),
+    "half of the names hidden": ("--mask-named", "0.5"),
+    "3 groups of queries": ("--query-groups", "3"),
+    "contrastive loss": ("--contrastive", "1"),
+    "contrastive loss, hard negatives": ("--contrastive", "1", "--hard"),
+    "moving average of the weights": ("--ema", "0.99"),
+    "half without a sentence": ("--without-sentence", "0.5"),
+    "words weigh 8 times": ("--loss-weights", "mlm=8", "itm=8", "caption=2", "attribute=2"),
+}
+TOGETHER = ("cosine schedule", "warm-up of a tenth", "4 sentences a picture", "words weigh 8 times")
+PRETRAINED = {"mlm_accuracy_visual": "words the picture decides", "itm_accuracy": "ITM", "itm_accuracy_foil": "foils",
+              "AP50": "AP50", "AP50_no_sentence": "AP50, no sentence", "attribute_accuracy": "attributes",
+              "caption_objects": "captions true"}
+
+
+def batch_of(words):
+    """The pictures of a step, from the flags of a command line."""
+    if "--batch-size" in words:
+        return int(words[len(words) - words[::-1].index("--batch-size")])
+    task = words[words.index("--task") + 1] if "--task" in words else None
+    return (DEFAULTS[task] | (MINI[task] if "--mini" in words else {}))["batch_size"] if task else 32
+
+
+class Plan:
+    """The runs, at the size that --mini or its absence asks for, and the tables made of them."""
+
+    def __init__(self, args):
+        self.args, self.mini, self.budget = args, args.mini, args.budget
+
+    def pretrain(self, name, *words, cost=1.0):
+        """cost: the time a picture takes, as a multiple; so many fewer are seen."""
+        if self.mini:
+            steps = max(1, round(self.budget / batch_of([*words, *self.args.words]) / cost))
+            words = [str(steps // 10) if word == "WARM" else word for word in words]
+            words = ("--mini", "--minutes", "0", "--steps", str(steps), "--val-every", str(-(-steps // 5)),
+                     *(() if "--warmup" in words else ("--warmup", str(steps // 10))), "--workers", "0", *words)
+        return Run(f"pretrain-{name}".replace(" ", "-"), "pretrain.py", tuple(words))
+
+    def finetune(self, task, start, name, *words):
+        """start: the pre-training to begin with; None: from nothing."""
+        if self.mini:
+            passes = PASSES[task] * self.budget / 25_600
+            words = ("--mini", "--minutes", "0", "--epochs", f"{passes:g}", "--val-every", f"{passes / 4:g}",
+                     "--val-examples", "400", "--workers", "0", "--checkpoint-minutes", "5", *words)
+        return Run(f"{task}-{name}".replace(" ", "-"), "finetune.py", ("--task", task, *words), start)
+
+    # -- the five tasks --------------------------------------------------------------------------------------------
+
+    def full(self):
+        """The pre-training of Tables 1, 2 and 6: everything, the largest model."""
+        return self.pretrain("all") if self.mini else self.pretrain("r152", "--backbone", "r152")
+
+    def scratch(self):
+        return () if self.mini else ("--backbone", "r152")
+
+    def compare(self, title, heads, paper):
+        """A table of pre-trained, from nothing, and blind. heads: {"task.key": heading}."""
+        table = Table(title, heads, reference="pre-trained")
+        start = self.full()
+        tasks = {name.split(".")[0] for name in heads}
+        tuned = {task: self.finetune(task, start, start.name.removeprefix("pretrain-")) for task in tasks}
+        nothing = {task: self.finetune(task, None, "scratch", *self.scratch()) for task in tasks}
+
+        def row(name, runs, kind, paper):
+            cells = {m: (runs[m.split(".")[0]], f"{kind}_{m.split('.')[1]}") for m in heads}
+            table.rows.append((name, cells, paper))
+
+        row("pre-trained", tuned, "val", paper)
+        row("from scratch", nothing, "val", {})
+        row("pre-trained, blind", tuned, "blind", {})
+        return table
+
+    def table_1(self):
+        return self.compare("Table 1: VQA, NLVR2 and captions", {
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2", "caption.Bleu_4": "BLEU4", "caption.CIDEr": "CIDEr"},
+            {"vqa.overall": 73.25, "nlvr2.accuracy": 77.25, "caption.Bleu_4": 36.2, "caption.CIDEr": 117.3})
+
+    def table_2(self):
+        keys = [f"{kind}@{n}" for kind in ("IR", "TR") for n in (1, 5, 10)]
+        return self.compare("Table 2: retrieval, Flickr30k", {f"flickr30k.{key}": key for key in keys},
+                            dict(zip((f"flickr30k.{key}" for key in keys), (73.58, 92.42, 96.03, 86.24, 97.5, 98.92))))
+
+    def vqa_and_nlvr2(self, table, name, start, paper=(), *words, suffix=""):
+        """A row: one pre-training, fine-tuned on the two tasks that Tables 3, 5 and 6 ask for."""
+        cells = {}
+        for task, key in (("vqa", "overall"), ("nlvr2", "accuracy")):
+            run = self.finetune(task, start, start.name.removeprefix("pretrain-") + suffix, *words)
+            cells[f"{task}.{key}"] = (run, f"val_{key}")
+        table.rows.append((name, cells, dict(zip(cells, paper))))
+
+    def table_3(self):
+        table = Table("Table 3: pre-training without each of the visual tasks", {
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, reference="all")
+        for name, tasks in WITHOUT.items():
+            size = () if self.mini else ("--backbone", "r50", "--encoder-layers", "6")
+            start = self.pretrain(name, *size, *(("--without", *tasks) if tasks else ()))
+            self.vqa_and_nlvr2(table, name, start, PAPER_3.get(name, ()))
+        return table
+
+    def table_4(self):
+        """Nothing to train; `stage_times` measures it."""
+        return Table("Table 4: time of a question about a picture of 600 x 1000 pixels, by stages", {
+            "picture": "picture, ms", "reading": "reading, ms", "together": "together, ms"}, [
+            ("E2E-VLP, r152", {}, {"together": 192}), ("Pixel-BERT, r152", {}, {"together": 201}),
+            ("two steps: Faster R-CNN, LXMERT", {}, {"together": 496})], reference="E2E-VLP, r152")
+
+    def table_5(self):
+        table = Table("Table 5: layers of the encoder and the ResNet", {
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"})
+        paper = iter(((70.56, 72.12), (71.42, 74.34), (72.23, 76.21), (71.34, 73.04), (72.43, 75.23), (73.25, 77.25)))
+        for layers in ((3, 6) if self.mini else (6, 12)):
+            for backbone in (("r18", "r34") if self.mini else ("r50", "r101", "r152")):
+                words = ("--backbone", backbone, "--encoder-layers", str(layers))
+                name = {"r18-3": "all", "r152-12": "r152"}.get(f"{backbone}-{layers}", f"{backbone}-{layers}")
+                start = self.pretrain(name, *(() if name == "all" else words[:2] if name == "r152" else words))
+                self.vqa_and_nlvr2(table, f"{layers} layers, {backbone}", start, () if self.mini else next(paper))
+        table.reference = table.rows[0][0]
+        return table
+
+    def table_6(self):
+        table = Table("Table 6: size of the pictures in fine-tuning", {
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"})
+        sizes = {(448, 448): (71.14, 75.43), (448, 746): (72.04, 75.79), (600, 1000): (73.08, 76.87),
+                 (800, 1333): (73.25, 77.25)}
+        start = self.full()
+        for (short, long), paper in ({(32, 48): (), (48, 72): (), (64, 96): ()} if self.mini else sizes).items():
+            own = (short, long) == (64, 96)  # the size that it is fine-tuned at for the other tables too
+            self.vqa_and_nlvr2(table, f"{short} x {long}", start, paper, *(() if own else (
+                "--short-sides", str(short), "--long-side", str(long))), suffix="" if own else f"-{short}x{long}")
+            table.sizes[f"{short} x {long}"] = short, long
+        table.reference = f"{short} x {long}"
+        return table
+
+    def table_7(self):
+        table = Table("Table 7: detection, with the sentence and without", {
+            f"detection.{key}": key for key in ("AP", "AP50", *(() if self.mini else ("APs", "APm", "APl")))},
+            reference="pre-trained, sentence")  # the miniature's objects are all small
+        start = self.full()
+        own = start.name.removeprefix("pretrain-")
+        detr = () if self.mini else ("--backbone", "r50", "--encoder-layers", "6", "--epochs", "300", "--schedule",
+                                     "cosine")
+        alone = self.finetune("detection", start, f"{own}-no-sentence", "--text", "none")
+        nothing = self.finetune("detection", None, "scratch", *self.scratch())
+        plain = self.finetune("detection", None, "scratch-no-sentence", "--text", "none", *detr)
+        for name, run, paper in (
+                ("pre-trained, sentence", self.finetune("detection", start, own), (41.9, 62.6, 20.3, 45.6, 61.1)),
+                ("pre-trained, no sentence", alone, ()), ("from scratch, sentence", nothing, ()),
+                ("from scratch, no sentence (DETR)", plain, (40.6, 61.6, 19.9, 44.3, 60.2))):
+            cells = {m: (run, f"val_{m.split('.')[1]}") for m in table.heads}
+            table.rows.append((name, cells, dict(zip(cells, paper))))
+        return table
+
+    def recipe(self, costs):
+        """Each idea alone, and those that help together, against the paper's recipe in the same time."""
+        table = Table("Recipe: what helps beyond the paper's, in the same time", PRETRAINED, reference="the paper's")
+        for name, words in self.ideas().items():
+            run = self.pretrain(f"recipe-{re.sub('[^a-z0-9 ]', '', name)}", *words, cost=costs.get(name, 1.0))
+            table.rows.append((name, {key: (run, f"val_{key}") for key in PRETRAINED}, {}))
+        return table
+
+    def ideas(self):
+        """{name: flags}; a flag that stands there twice counts as it stands last."""
+        return {"the paper's": PAPER_RECIPE, **{name: (*PAPER_RECIPE, *words) for name, words in IDEAS.items()},
+                "together": (*PAPER_RECIPE, *(word for name in TOGETHER for word in IDEAS[name]))}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Running
+
+
+class Runner:
+    """Runs command lines, --jobs at once, and keeps what they measured in OUTPUT/runs."""
+
+    def __init__(self, args):
+        self.args = args
+        self.kept = os.path.join(args.output, "runs")
+
+    def folder(self, run, seed):
+        return os.path.join(self.args.work, f"{run.name}-seed{seed}")
+
+    def words(self, run, seed):
+        """The command line that trains a run."""
+        args = self.args
+        words = [run.script, *run.words, "--data", args.data, "--seed", str(seed), *args.words]
+        if run.script == "finetune.py":
+            words += ["--init", os.path.join(self.folder(run.start, seed), "last.pt") if run.start else "none"]
+        words += ["--output", self.folder(run, seed), "--resume", "auto"]
+        return ["torchrun", f"--nproc_per_node={args.gpus}", *words] if args.gpus > 1 else ["python", *words]
+
+    def read(self, run, seed):
+        """What was kept of a run, or None. InputError if it was another run of this name."""
+        path = os.path.join(self.kept, f"{run.name}-seed{seed}.json")
+        if not os.path.exists(path):
+            return None
+        found = parse_json(read_text(path, "a run's measures"), path)
+        if found["flags"] != self.flags(run):
+            raise InputError(f"{path}: is of a run with other flags ({shlex.join(found['flags'])}); give another "
+                             "--output, or remove it")
+        return found
+
+    def flags(self, run):
+        return [*run.words, *self.args.words]
+
+    def keep(self, run, seed):
+        """Write down what a run that has ended measured: all of its validations."""
+        folder = self.folder(run, seed)
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            lines = [json.loads(line) for line in file]
+        batch = batch_of(self.flags(run))
+        curve = [{"pictures": line["step"] * batch, **{k: v if isinstance(v, int) else float(f"{v:.5g}")
+                                                       for k, v in line.items() if k.startswith(("val_", "blind_"))}}
+                 for line in lines if any(k.startswith("val_") for k in line)]
+        found = {"name": run.name, "seed": seed, "flags": self.flags(run), "commit": commit(), "machine": machine(),
+                 "hours": round(max(line.get("seconds", 0) for line in lines) / 3600, 4), "curve": curve}
+        os.makedirs(self.kept, exist_ok=True)
+        write_safely(os.path.join(self.kept, f"{run.name}-seed{seed}.json"), in_lines(found))
+        if run.script == "finetune.py":  # nothing starts from it
+            for name in ("last.pt", "previous.pt", "best.pt"):
+                if os.path.exists(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+
+    def missing(self, runs):
+        """(run, seed) of what is still to be run, a seed after the other, so that all rows have one early."""
+        missing = [(run, seed) for seed in range(self.args.seeds) for run in runs if self.read(run, seed) is None]
+        # What it starts from is needed again if its checkpoint is gone
+        for run, seed in list(missing):
+            start = (run.start, seed)
+            if run.start and start not in missing and not os.path.exists(
+                    os.path.join(self.folder(*start), "last.pt")):
+                missing.insert(missing.index((run, seed)), start)
+        return missing
+
+    def all(self, runs, ended=lambda: None):
+        """Train what is missing; ended() after each. InputError with the last words of one that fails."""
+        waiting, going = self.missing(runs), {}
+        total = len(waiting)
+        try:
+            while waiting or going:
+                for key in [k for k in waiting if (k[0].start, k[1]) not in (*waiting, *going)]:
+                    if len(going) < self.args.jobs:
+                        waiting.remove(key)
+                        going[key] = self.start(*key), time.time()
+                time.sleep(0.2)
+                for key in [k for k, (process, _) in going.items() if process.poll() is not None]:
+                    process, began = going.pop(key)
+                    run, seed = key
+                    if process.returncode:
+                        raise InputError(f"{run.name}, seed {seed}: ended with {process.returncode}: "
+                                         f"{self.last_words(run, seed)}")
+                    self.keep(run, seed)
+                    print(f"{total - len(waiting) - len(going)}/{total}  {run.name}, seed {seed}: "
+                          f"{(time.time() - began) / 60:.1f} minutes", flush=True)
+                    ended()
+        finally:
+            for process, _ in going.values():
+                if process.poll() is None:
+                    process.terminate()  # it finishes its step and keeps a checkpoint
+            for process, _ in going.values():
+                process.wait()
+
+    def start(self, run, seed):
+        folder = self.folder(run, seed)
+        os.makedirs(folder, exist_ok=True)
+        words = self.words(run, seed)
+        words = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else []), *words[1:]]
+        # Side by side: a thread each, so that two of them do not take turns with four
+        threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs)) if self.args.mini else None
+        environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+        with open(os.path.join(folder, "output.txt"), "a") as log:
+            return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def last_words(self, run, seed):
+        path = os.path.join(self.folder(run, seed), "output.txt")
+        lines = [line.strip() for line in read_text(path, "what a run said").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else 'it said nothing'} ({path})"
+
+    def costs(self, ideas):
+        """{idea: what a picture takes, as a multiple of the plain recipe's}: 30 steps of each, taking turns.
+
+        Kept in OUTPUT/costs.json, for it must stay as it was when the runs were made whose lengths it decides.
+        """
+        path = os.path.join(self.args.output, "costs.json")
+        costs = parse_json(read_text(path, "costs of ideas"), path) if os.path.exists(path) else {}
+        names = [name for name in ideas if name not in costs]
+        if not names:
+            return costs
+        speeds = {name: [] for name in dict.fromkeys([next(iter(ideas)), *names])}
+        for turn in range(3):
+            for name in speeds:
+                run = Run(f"cost-{len(speeds[name])}-{list(ideas).index(name)}", "pretrain.py", (
+                    "--mini", "--minutes", "0", "--steps", "31", "--log-every", "30", "--val-pictures", "1",
+                    "--workers", "0", *ideas[name]))
+                process = self.start(run, turn)
+                if process.wait():
+                    raise InputError(f"{name}: {self.last_words(run, turn)}")
+                with open(os.path.join(self.folder(run, turn), "log.jsonl")) as file:
+                    speeds[name] += [line["pictures_per_second"] for line in map(json.loads, file)
+                                     if line["step"] == 30 and "loss" in line]
+        plain = statistics.median(next(iter(speeds.values())))
+        costs.update({name: round(plain / statistics.median(speeds[name]), 3) for name in names})
+        write_safely(path, json.dumps(costs, indent=1) + "\n")
+        return costs
+
+
+def in_lines(found):
+    """A dict as JSON with a line for each value, and for each member of a list of dicts."""
+    def text(value):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "]"
+        return json.dumps(value)
+
+    return "{" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in found.items())[1:] + "}\n"
+
+
+def commit():
+    """The source that is run, for the results; with a + if it has changes of its own."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine():
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {processor()}"
+    return f"{where}, torch {torch.__version__.split('+')[0]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def gather(table, runner):
+    """The rows of a table's JSON from the runs that have ended: {"name", "measures": {...}, "paper": {...}}."""
+    rows = []
+    for name, cells, paper in table.rows:
+        measures = {}
+        for measure, (run, key) in cells.items():
+            kept = [found for seed in range(runner.args.seeds) if (found := runner.read(run, seed))]
+            values = [found["curve"][-1][key] for found in kept if key in found["curve"][-1]]
+            if values:
+                measures[measure] = spread(values)
+        rows.append({"name": name, "measures": measures, "paper": paper})
+    return rows
+
+
+def spread(values):
+    """{"mean", "std" (of a sample; 0 for a single value), "values"}."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "values": values}
+
+
+def compared(measure, reference):
+    """"+", "-" if every seed is better, or worse, than every seed of the reference; else "", within the spread.
+
+    Of two kinds of three runs each that do not differ, one in ten is so by chance.
+    """
+    if len(measure["values"]) < 2 or len(reference["values"]) < 2:
+        return ""
+    if min(measure["values"]) > max(reference["values"]):
+        return "+"
+    return "-" if max(measure["values"]) < min(reference["values"]) else ""
+
+
+def in_percent(measure, value):
+    """As it is printed: VQA's accuracy and times are as they are, the rest is 100 times a fraction."""
+    as_they_are = ("vqa.overall", "milliseconds", "speed-up", "picture", "reading", "together")
+    return value if measure in as_they_are else 100 * value
+
+
+def markdown(result):
+    """A table of OUTPUT/tableN.json as Markdown: mean ± deviation over the seeds, and the paper's figures."""
+    heads, rows = result["heads"], result["rows"]
+    reference = next((row["measures"] for row in rows if row["name"] == result["reference"]), {})
+    paper = any(row["paper"] for row in rows)
+    first = [""] + [head for head in heads.values()] + [f"paper: {head}" for measure, head in heads.items() if paper and
+                                                        any(measure in row["paper"] for row in rows)]
+    lines = [first, ["---"] * len(first)]
+    for row in rows:
+        cells = [row["name"]]
+        for measure in heads:
+            found = row["measures"].get(measure)
+            if found is None:
+                cells.append("")
+                continue
+            text = f"{in_percent(measure, found['mean']):.1f}"
+            if len(found["values"]) > 1:
+                text += f" ± {in_percent(measure, found['std']):.1f}"
+            if row["name"] != result["reference"] and measure in reference:
+                mark = compared(found, reference[measure])
+                text += f" ({mark})" if mark else ""
+            cells.append(text)
+        for measure in heads:
+            if any(measure in other["paper"] for other in rows) and paper:
+                cells.append(f"{row['paper'][measure]:g}" if measure in row["paper"] else "")
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line).strip() + " |" for line in lines)
+
+
+def curves(table, runner):
+    """[(heading, top, [(row, [(pictures, mean over the seeds)])])]: each measure over what was seen until then.
+
+    First those of the fine-tunings, or of the pre-trainings if that is what the table is about, then those of the
+    pre-trainings that fine-tunings start from.
+    """
+    def line(run, key):
+        kept = [found["curve"] for seed in range(runner.args.seeds) if (found := runner.read(run, seed))]
+        return [(points[0]["pictures"], statistics.fmean(p[key] for p in points))
+                for points in zip(*kept) if all(key in p for p in points)]
+
+    found = [(head, 100 if measure == "vqa.overall" else 1,
+              [(name, line(*cells[measure])) for name, cells, _ in table.rows if measure in cells])
+             for measure, head in table.heads.items()]
+    starts = {name: run.start for name, cells, _ in table.rows for run, _ in cells.values() if run.start}
+    if len(set(starts.values())) > 1:
+        found += [(f"in pre-training: {head}", 1, [(name, line(run, f"val_{key}")) for name, run in starts.items()])
+                  for key, head in PRETRAINED.items()]
+    return [(head, top, lines) for head, top, lines in found if any(points for _, points in lines)]
+
+
+def page(result, drawn):
+    """OUTPUT/tableN.html: the table, and the curves as inline SVG."""
+    head, _, *rows = [[escape(cell.strip()) for cell in line.strip("|").split("|")]
+                      for line in markdown(result).splitlines()]
+    body = "".join(f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
+                   for row in rows)
+    charts = "".join(chart(head, [(name, f"run{n % 8}", points) for n, (name, points) in enumerate(lines)], top=top,
+                           unit="pictures seen") for head, top, lines in drawn)
+    return fill_page(result["title"], f"{summary(result)} {SIGNS}", (
+        '<section><h2 id="table">Table</h2><div class="wide" tabindex="0" role="region" aria-label="table"><table>'
+        "<thead><tr>" + "".join(f"<th scope=col>{cell}</th>" for cell in head) + f"</tr></thead><tbody>{body}</tbody>"
+        f'</table></div></section><section><h2 id="curves">Curves, over what was seen</h2><div class="charts">{charts}'
+        "</div></section>"), {"table": "Table", "curves": "Curves"})
+
+
+SIGNS = "(+) and (-): every seed is better, or worse, than every seed of the row compared with; else within the spread."
+
+
+def summary(result):
+    seeds = len(result["seeds"])
+    return (f"{seeds} seed{'s' * (seeds != 1)}, mean and standard deviation; {result['hours']:.1f} hours of training, "
+            f"{result['machine']}.")
+
+
+def draw_curves(path, drawn, title):
+    """Small panels side by side, one a measure, as a PNG for the README."""
+    drawn = drawn[:6]
+    across = min(3, len(drawn))
+    down = -(-len(drawn) // across)
+    names = [name for name, _ in drawn[0][2]]
+    wide, high, legend = 400, 280, 50 + 26 * -(-len(names) // across)
+    canvas = Canvas(wide * across + 20, high * down + legend + 40)
+    canvas.text(20, 24, title, 20)
+
+    def pen(number):  # the first row is what the others are compared with
+        return canvas.COLOURS[number % len(canvas.COLOURS)], 3 if number else 5
+
+    for n, (head, top, lines) in enumerate(drawn):
+        x0, y1 = 60 + n % across * wide, 70 + n // across * high + high - 80
+        last = max(x for _, points in lines for x, _ in points)
+
+        def place(x, y, x0=x0, y1=y1, last=last, top=top):
+            return x0 + x / last * (wide - 80), y1 - y / top * (high - 90)
+
+        canvas.text(x0, y1 - high + 74, head, 17)
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            canvas.line([place(0, share * top), place(last, share * top)], "#e4e4e4", 1)
+            canvas.text(x0 - 6, place(0, share * top)[1], f"{share * top:g}", 13, "rm")
+            canvas.text(place(share * last, 0)[0], y1 + 16, f"{share * last / 1000:.0f}k", 13, "mm")
+        for number, (_, points) in enumerate(lines):
+            if points:  # a row that has not ended yet has none
+                canvas.line([place(*point) for point in points], *pen(number))
+                canvas.dot(*place(*points[-1]), pen(number)[0])
+    for number, name in enumerate(names):
+        x, y = 60 + number % across * wide, high * down + 80 + 26 * (number // across)
+        canvas.line([(x, y), (x + 26, y)], *pen(number))
+        canvas.text(x + 36, y, name, 15)
+    canvas.save(path)
+
+
+def write_tables(path, output):
+    """Renew what stands in a Markdown file between <!-- table N --> and <!-- end --> from OUTPUT/tableN.json."""
+    text = read_text(path, "a Markdown file")
+
+    def renewed(found):
+        source = os.path.join(output, f"table{found[1]}.json")
+        result = parse_json(read_text(source, "a table's results"), source)
+        return (f"<!-- table {found[1]} -->\n{markdown(result)}\n\n{summary(result)} Made by `{result['command']}`.\n"
+                "<!-- end -->")
+
+    write_safely(path, re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", renewed, text, flags=re.S))
+
+
+@torch.inference_mode()
+def stage_times(table, repeats, quick=False):
+    """Table 4: {row: {"picture", "reading", "together"}}, milliseconds; each value is the median of rounds in turns."""
+    args = argparse.Namespace(rounds=3, quick=quick, device="cuda" if torch.cuda.is_available() else "cpu")
+    (images, sizes), tokens = pixels(args, 600, 1000), sentences(args, 1)
+    model = ours(args, backbone="r152", task="vqa", answers=3129)
+    functions = []
+    for look, read in ((lambda images: model.encode_picture(images, sizes), model.answer_questions),
+                       pixel_bert_model(args), bottom_up_attention(args)):
+        seen = look(images)
+        checked(read(seen, tokens), 1, 3129)
+        functions += [lambda look=look: look(images), lambda seen=seen, read=read: read(seen, tokens),
+                      lambda look=look, read=read: read(look(images), tokens)]
+    times = iter(zip(*(medians(args, *functions) for _ in range(repeats))))
+    return {name: {key: spread([1000 * t for t in next(times)]) for key in ("picture", "reading", "together")}
+            for name, *_ in table.rows}
+
+
+def question_times(table, runner):
+    """Table 6's speed: {row: {"milliseconds", "speed-up"}} of one question about a picture, the sizes in turns."""
+    start = table.rows[0][1]["vqa.overall"][0].start
+    path = os.path.join(runner.folder(start, 0), "last.pt")
+    if not os.path.exists(path):
+        return {}
+    config = load_checkpoint(path)["config"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = E2EVLP(config).to(device).eval()
+    tokens = torch.randint(config.vocabulary, (1, 14), device=device)
+    functions = []
+    for height, width in table.sizes.values():
+        images = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device)
+        sizes = torch.tensor([[height, width]])
+        functions.append(lambda images=images, sizes=sizes: model.read(model.encode_picture(images, sizes), tokens))
+    with torch.inference_mode():
+        for function in functions:
+            function()
+        rounds = [medians(argparse.Namespace(rounds=20, quick=False, device=device), *functions) for _ in range(3)]
+    times = [[1000 * t for t in each] for each in zip(*rounds)]
+    largest = statistics.median(times[-1])
+    return {name: {"milliseconds": spread(own), "speed-up": spread([largest / statistics.median(own)])}
+            for name, own in zip(table.sizes, times)}
+
+
+def make(number, args):
+    """Train what a table needs, and write its JSON, Markdown and page, anew whenever a run has ended."""
+    plan, runner = Plan(args), Runner(args)
+    table = plan.recipe(runner.costs(plan.ideas())) if number == "recipe" else getattr(plan, f"table_{number}")()
+    stem = os.path.join(args.output, f"table{number}")
+
+    times = stage_times(table, args.seeds) if number == "4" else {}
+
+    def write():
+        result = {"table": int(number) if number.isdigit() else number, "title": table.title, "heads": table.heads,
+                  "reference": table.reference, "rows": gather(table, runner), "seeds": list(range(args.seeds))}
+        kept = [found for run in table.runs() for seed in range(args.seeds) if (found := runner.read(run, seed))]
+        if number == "6":
+            times.update(question_times(table, runner))
+            result["heads"] = {**table.heads, "milliseconds": "ms a question", "speed-up": "speed-up"}
+            for row in result["rows"]:
+                row["measures"].update(times.get(row["name"], {}))
+        if number == "4":
+            for row in result["rows"]:
+                row["measures"] = times[row["name"]]
+        result.update({"command": shlex.join(["python", "tests/tables.py", *args.asked]),
+                       "commit": ", ".join(dict.fromkeys(found["commit"] for found in kept)),
+                       "machine": "; ".join(dict.fromkeys(found["machine"] for found in kept)),
+                       "hours": round(sum(found["hours"] for found in kept), 2)})
+        drawn = curves(table, runner)
+        write_safely(f"{stem}.json", in_lines(result))
+        write_safely(f"{stem}.md", markdown(result) + "\n")
+        write_safely(f"{stem}.html", page(result, drawn))
+        if args.picture and drawn:
+            draw_curves(args.picture, drawn, table.title)
+
+    runner.all(table.runs(), write)
+    write()
+    print(read_text(f"{stem}.md", "a table"))
+
+
+def show(number, args):
+    """--dry-run: the commands in an order in which they can run."""
+    plan, runner = Plan(args), Runner(args)
+    table = plan.recipe({}) if number == "recipe" else getattr(plan, f"table_{number}")()
+    for seed in range(args.seeds):
+        for run in table.runs():
+            print(shlex.join(runner.words(run, seed)))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "4", "5", "6", "7", "recipe"), default=[],
+                        help="which; what they share is trained once")
+    parser.add_argument("--mini", action="store_true", help="on the miniature world, which is written to --data")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
+    parser.add_argument("--budget", type=int, default=25_600, metavar="PICTURES",
+                        help="--mini: pictures that a pre-training sees; a fine-tuning's passes grow with it")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N",
+                        help="--mini: runs at a time, on equal shares of the cores")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes of a run, by torchrun")
+    parser.add_argument("--data", metavar="DIR", help="the data sets (default: data/mini with --mini, else data)")
+    parser.add_argument("--output", default="results", metavar="DIR", help="tables, and what was measured in each run")
+    parser.add_argument("--work", metavar="DIR", help="the runs' folders (default: runs/tables)")
+    parser.add_argument("--picture", metavar="FILE", help="draw the table's curves into this PNG")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--write", metavar="FILE", help="renew the tables in this Markdown file from --output's")
+    parser.add_argument("words", nargs="*", metavar="FLAG", help="after --: more flags for each run")
+    args = parser.parse_args(argv)
+    args.asked = sys.argv[1:] if argv is None else list(argv)
+    if not args.table and not args.write:
+        raise InputError("give --table, or --write FILE")
+    for flag in ("seeds", "budget", "jobs", "gpus"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not args.mini and "recipe" in args.table:
+        raise InputError("--table recipe: is the miniature's; give --mini")
+    args.data = args.data or ("data/mini" if args.mini else "data")
+    args.work = args.work or os.path.join("runs", "tables")
+    args.jobs = args.jobs if args.mini else 1
+    return args
+
+
+def main(argv=None):
+    def work(stop):
+        args = parse(argv)
+        if args.mini and args.table and not args.dry_run and not os.path.exists(args.data):
+            print(f"writing the miniature world to {args.data}", flush=True)
+            shapes.write_world(args.data, flag="--data")
+        for number in args.table:
+            (show if args.dry_run else make)(number, args)
+        if args.write and not args.dry_run:
+            write_tables(args.write, args.output)
+
+    return command("tables.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
