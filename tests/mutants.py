@@ -114,6 +114,10 @@ MISTAKES = {"model.py": [
      'float((t["attributes"].sum(-1) > 0).sum())', 'len(t["attributes"])'),
     ("attributes-summed", "a box of five attributes weighs five times one of one",
      " / attributes.sum(-1).clamp(min=1)", ""),
+    ("cells-of-columns", "the cell of a box is counted down the columns", "return row * columns + column",
+     "return column * columns + row"),
+    ("cells-of-corners", "the cell of a box's corner is asked", "row = (boxes[:, 1] * height / stride).long()",
+     "row = ((boxes[:, 1] - boxes[:, 3] / 2) * height / stride).long()"),
     ("box-weights-exchanged", "L1 and GIoU have one another's weight in the sum",
      '"loss_bbox": 5.0, "loss_giou": 2.0', '"loss_bbox": 2.0, "loss_giou": 5.0'),
 ], "data.py": [

@@ -124,7 +124,7 @@ def test_a_table_is_made_and_its_runs_kept(world, tmp_path, forks, capsys):
     assert len(set(forks)) == len(forks) == 2 * 5
     with open(tmp_path / "out/table7.json") as file:
         result = json.load(file)
-    assert result["table"] == 7 and result["seeds"] == [0, 1] and result["hours"] > 0 and len(result["rows"]) == 4
+    assert result["table"] == 7 and result["seeds"] == [0, 1] and result["hours"] >= 0 and len(result["rows"]) == 4
     assert result["command"].startswith("python tests/tables.py --table 7 --mini") and result["commit"]
     logs = []
     for seed in (0, 1):  # each value is the last validation's in the run's own log
