@@ -2,7 +2,7 @@
 
     python tests/tables.py --table 3 --mini --seeds 3 --output results     # on the miniature world, from nothing
     python tests/tables.py --table recipe --mini --output results          # what helps beyond the paper's recipe
-    torchrun is used by: python tests/tables.py --table 3 --data DIR --gpus 8 --output tables      # the paper's sizes
+    python tests/tables.py --table 3 --data DIR --gpus 8 --output tables   # real data, the paper's sizes, by torchrun
     python tests/tables.py --table 3 --data DIR --gpus 8 --dry-run         # its commands, and nothing else
     python tests/tables.py --write README.md --output results              # a file's tables renewed, nothing run
 
