@@ -1128,10 +1128,12 @@ class PretrainingSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, pictures, tokenizer, attributes, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
-                 sentences_per_picture=1, without_sentence=0.25, seed=0, masks=None):
-        """masks: keywords of mask_words."""
+                 sentences_per_picture=1, without_sentence=0.25, seed=0, masks=None, words=None):
+        """masks: keywords of mask_words; words: {"coco", "vg", "attributes": the word pieces of each name}, with which
+        targets tell the words of each object too, see `target`.
+        """
         self.pictures, self.tokenizer, self.attributes, self.seed = pictures, tokenizer, attributes, seed
-        self.masks = masks or {}
+        self.masks, self.words = masks or {}, words
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.K, self.without_sentence = sentences_per_picture, without_sentence
 
@@ -1183,6 +1185,13 @@ class PretrainingSet(torch.utils.data.Dataset):
             target["attributes"] = torch.zeros(len(boxes), self.attributes)
             for row, numbers in enumerate(attributes[0]):
                 target["attributes"][row, list(numbers)] = 1
+        if self.words is not None:  # those of its name and attributes, flat, and beside each the row of its object
+            of_each = [[*self.words[source][label], *(piece for a in (attributes[0][row] if attributes else ())
+                                                      for piece in self.words["attributes"][a])]
+                       for row, label in enumerate(labels.tolist())]
+            target["words"] = torch.tensor([piece for pieces in of_each for piece in pieces], dtype=torch.long)
+            target["word_rows"] = torch.tensor([row for row, pieces in enumerate(of_each) for _ in pieces],
+                                               dtype=torch.long)
         return target
 
 

@@ -119,15 +119,6 @@ def count(targets, queries, no_object_weight=NO_OBJECT_WEIGHT):
     return torch.tensor([boxes, weight, described])
 
 
-def attribute_loss(logits, attributes):
-    """-log p(a), summed: a box with k attributes wants each with probability 1 / k; one without any is not asked.
-
-    logits (n, A); attributes (n, A), ones and zeros.
-    """
-    each = -(attributes * full_precision(logits).log_softmax(-1)).sum(-1) / attributes.sum(-1).clamp(min=1)
-    return each.sum()
-
-
 def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     """L_v: the losses of matched pairs, and of "no object" for the rest, summed over the decoder's layers.
 
@@ -184,39 +175,9 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     loss_giou = zero + (1 - giou).sum() / num_boxes
     loss_attribute = nothing
     if attributes:
-        loss_attribute = loss_attribute + attribute_loss(torch.cat(attribute_logits), torch.cat(attributes)) / described
+        # -log p(a): a box with k attributes wants each with probability 1 / k; one without any is not asked.
+        wanted = torch.cat(attributes)
+        log_p = torch.cat(attribute_logits).log_softmax(-1)
+        each = -(wanted * log_p).sum(-1) / wanted.sum(-1).clamp(min=1)
+        loss_attribute = loss_attribute + each.sum() / described
     return {"loss_class": loss_class, "loss_bbox": loss_bbox, "loss_giou": loss_giou, "loss_attribute": loss_attribute}
-
-
-def centre_cells(boxes, size, stride, columns):
-    """(n,) int64: the place in the flattened grid (rows of `columns` cells) of each box's centre.
-
-    boxes (n, 4) cxcywh in 0..1 of the unpadded picture, whose size is (height, width) in pixels.
-    """
-    height, width = size
-    row = (boxes[:, 1] * height / stride).long().clamp(0, -(-height // stride) - 1)  # a centre on the lower edge
-    column = (boxes[:, 0] * width / stride).long().clamp(0, -(-width // stride) - 1)
-    return row * columns + column
-
-
-def cell_loss(outputs, targets, sizes, stride, columns, counts):
-    """Beyond the paper (--cells): each object's class and attributes, asked of the grid cell that its centre is in.
-
-    In the set loss the ResNet learns what a thing is only through queries that have found it, and these find it only by
-    what the ResNet can tell: for a long time neither gets anywhere. Here the ResNet is told directly. Detectors with
-    queries gain much from such a loss on their encoder (Zong et al. 2023, Co-DETR); nothing of it is used afterwards.
-
-    outputs: logits {source: (B, S, C + 1)}, attributes (B, S, A) logits, of the same heads as the queries'; targets as
-    in `set_loss`; sizes: B pairs (height, width) in pixels; columns: cells in a row of the grid of S; counts: of
-    `count`. Returns {"loss_cell", "loss_cell_attribute"}, normalised like the set loss's.
-    """
-    num_boxes, described = max(float(counts[0]), 1.0), max(float(counts[2]), 1.0)
-    loss = full_precision(outputs["attributes"]).sum() * 0.0  # so that a batch without objects has one, too
-    loss_attribute = loss
-    for b, t in enumerate(targets):
-        at = centre_cells(t["boxes"], sizes[b].tolist(), stride, columns)
-        logits = full_precision(outputs["logits"][t["source"]][b, at])
-        loss = loss + F.cross_entropy(logits, t["labels"], reduction="sum") / num_boxes
-        if "attributes" in t:
-            loss_attribute = loss_attribute + attribute_loss(outputs["attributes"][b, at], t["attributes"]) / described
-    return {"loss_cell": loss, "loss_cell_attribute": loss_attribute}

@@ -614,10 +614,21 @@ class E2EVLP(nn.Module):
         assert cells.shape[1] == S
         objects = self.detect(Memory(torch.cat([first[:, :T], cells], dim=1), positions, mask))
         out = {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption, **contrast}
-        if self.cells:  # matcher.cell_loss: what each cell of the ResNet is about, by the heads of the queries
-            out["cells"] = {"logits": {name: head(grid.states) for name, head in self.classes.items()},
-                            "attributes": self.attribute(grid.states)}
+        if self.cells:  # beyond the paper, see pretrain.cell_loss
+            out["cells"] = self.guess_words(self.cells_of(grid, batch))
         return out
+
+    def cells_of(self, grid, batch):
+        """(N, D): for each object of the batch, the cell of the ResNet's grid that its centre lies in."""
+        stride, columns = self.config.stride, -(-batch["images"].shape[-1] // self.config.stride)
+        places = []
+        for (height, width), target in zip(batch["sizes"].tolist(), batch["targets"]):
+            x, y = target["boxes"][:, 0] * width / stride, target["boxes"][:, 1] * height / stride
+            last = -(-width // stride) - 1, -(-height // stride) - 1  # a centre on the border belongs to the last cell
+            places.append(y.long().clamp(0, last[1]) * columns + x.long().clamp(0, last[0]))
+        pictures = torch.arange(len(places), device=grid.states.device).repeat_interleave(
+            torch.tensor([len(at) for at in places], device=grid.states.device))
+        return grid.states[pictures, torch.cat(places)]
 
     # -- the tasks of section 5.1: grid of encode_picture, tokens (B, T); captioning and detection have theirs above ---
 

@@ -65,7 +65,7 @@ from data import (
     writing,
 )
 from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
-from matcher import LOSS_WEIGHTS, cell_loss, count, set_loss
+from matcher import LOSS_WEIGHTS, count, set_loss
 from model import BACKBONES, E2EVLP, Attention, Config, count_parameters, load_checkpoint, save_checkpoint
 
 TASKS = ("mlm", "itm", "detection", "attributes", "caption")
@@ -203,7 +203,7 @@ def parse(argv):
     g.add_argument("--query-groups", type=int, default=1, metavar="N",
                    help="sets of queries, each of which finds all objects in training")
     g.add_argument("--cells", type=float, default=0, metavar="WEIGHT",
-                   help="loss that asks the grid's cell at an object's centre for its class and attributes; 0: none")
+                   help="loss that asks the grid's cell at an object's centre for the object's words; 0: none")
     g.add_argument("--contrastive", type=float, default=0, metavar="WEIGHT",
                    help="loss between the encodings of picture alone and sentence alone")
     g.add_argument("--hard-negatives", action="store_true",
@@ -309,8 +309,8 @@ def mini_preset(parser):
     parser.set_defaults(
         **MINI_MODEL, data="data/mini", shapes=True, short_sides=[64], long_side=96, sentences_per_picture=4, workers=1,
         batch_size=32, minutes=18.5, epochs=40, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0,
-        loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], val_pictures=200, val_every=500,
-        output="runs/mini", checkpoint_minutes=5.0)
+        loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], cells=8.0, mask_named=0.5, val_pictures=200,
+        val_every=500, output="runs/mini", checkpoint_minutes=5.0)
 
 
 def check_kept(parser, kept, source):
@@ -338,10 +338,10 @@ def check_kept(parser, kept, source):
             type(v) in kinds and (not action.choices or v in action.choices) for v in values), flag)
 
 
-def pieces_of(names, tokenizer):
-    """The word pieces of all names of objects and attributes."""
-    return frozenset(piece for kind in ("coco", "vg", "attributes") for name in names[kind]
-                     for piece in tokenizer.encode(name)[1:-1])
+def words_of(names, tokenizer, without=()):
+    """{"coco", "vg", "attributes": [the word pieces of each name]}; attributes have none if they are left out."""
+    words = {kind: [tokenizer.encode(name)[1:-1] for name in names[kind]] for kind in ("coco", "vg", "attributes")}
+    return {**words, "attributes": [[] for _ in names["attributes"]]} if "attributes" in without else words
 
 
 def load_optimizer(optimizer, kept, source):
@@ -469,10 +469,31 @@ def losses(outputs, batch, counts, args):
                                         reduction="sum") / caption,
         **set_loss(outputs["objects"], grouped(batch, args), counts=torch.tensor(counts[3:])),
         **({"loss_contrastive": outputs["contrastive"]} if "contrastive" in outputs else {}),
-        **(cell_loss(outputs["cells"], batch["targets"], batch["sizes"], args.stride,
-                     -(-batch["images"].shape[-1] // args.stride), [c / args.query_groups for c in counts[3:]])
+        **({"loss_cell": cell_loss(outputs["cells"], batch["targets"], counts[3] / args.query_groups)}
            if "cells" in outputs else {}),
     }
+
+
+def cell_loss(logits, targets, boxes):
+    """Beyond the paper (--cells): each object's words, asked of the grid's cell that its centre lies in.
+
+    In the set loss the ResNet learns what a thing is only through queries that have found it, which they can only by
+    what the ResNet tells; and that a cell and a word mean the same, only from sentences. Here the MLM head, which knows
+    words by their embeddings, reads the cell itself: so it must say in the language of the words what is there, and
+    words find it by what they are. (A detector with queries gains from asking its encoder directly, as Zong et al. 2023
+    found; and words of detected objects as anchors between picture and sentence are Oscar's idea, Li et al. 2020.)
+
+    logits (N, V) of E2EVLP.forward; targets: B dicts with words (k,) and word_rows (k,), see PretrainingSet.target;
+    boxes: the number of objects, over all processes. A scalar; an object's words share its weight equally.
+    """
+    log_p = logits.float().log_softmax(-1)
+    before, total = 0, log_p.sum() * 0.0  # so that a batch without objects has a loss too
+    for t in targets:
+        rows = t["word_rows"]
+        share = 1 / torch.bincount(rows, minlength=len(t["labels"]))[rows]
+        total = total - (log_p[before + rows, t["words"]] * share).sum()
+        before += len(t["labels"])
+    return total / max(boxes, 1)
 
 
 def weights_of(without, changed=(), cells=0.0, contrastive=0.0):
@@ -489,12 +510,11 @@ def weights_of(without, changed=(), cells=0.0, contrastive=0.0):
             raise InputError(f"--loss-weights {text}: must be NAME=NUMBER with a name of {', '.join(known)}")
         weights[f"loss_{name}"] = value
     if cells:
-        weights.update(loss_cell=cells, loss_cell_attribute=cells)
+        weights.update(loss_cell=cells)
     if contrastive:
         weights.update(loss_contrastive=contrastive)
-    attributes = ["loss_attribute", "loss_cell_attribute"]
-    off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": attributes,
-           "detection": [*LOSS_WEIGHTS, "loss_cell", *attributes]}  # without objects nothing has attributes
+    off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": ["loss_attribute"],
+           "detection": [*LOSS_WEIGHTS, "loss_cell"]}  # without objects there is nothing to have attributes
     for task in without:
         weights.update({name: 0.0 for name in off[task] if name in weights})
     return weights
@@ -644,9 +664,12 @@ def train(args, state, stop):
     # Batches
     trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
                               long_side=args.long_side, sentences_per_picture=args.sentences_per_picture,
-                              without_sentence=args.without_sentence, seed=args.seed, masks={
-                                  "share": args.mask_share, "named": pieces_of(names, tokenizer), "named_share":
-                                  args.mask_share if args.mask_named is None else args.mask_named})
+                              without_sentence=args.without_sentence, seed=args.seed,
+                              words=words_of(names, tokenizer, args.without) if args.cells else None,
+                              masks={"share": args.mask_share, "named_share": args.mask_share if args.mask_named is None
+                                     else args.mask_named, "named": frozenset(
+                                         piece for kind in words_of(names, tokenizer).values() for name in kind
+                                         for piece in name)})
     batches = Batches(data["train"].sizes, args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(

@@ -591,6 +591,16 @@ def test_masking_has_berts_proportions(vocabulary):
     assert none / repeats == pytest.approx(0.85 ** 20, abs=0.01)  # each word on its own, so some sentences have none
 
 
+def test_words_that_name_something_have_a_share_of_their_own(vocabulary):
+    tokenizer, rng, hidden = Tokenizer(vocabulary), random.Random(0), Counter()
+    sentence = [tokenizer.cls, *range(5, 25), tokenizer.sep]
+    for _ in range(5000):
+        labels = mask_words(sentence, tokenizer, rng, share=0.1, named=frozenset({7, 9}), named_share=0.6)[1]
+        hidden.update(label for label in labels if label >= 0)
+    for word in range(5, 25):
+        assert hidden[word] / 5000 == pytest.approx(0.6 if word in (7, 9) else 0.1, abs=0.03)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Sixteen pictures; some sentences belong to several, in other letters."""
@@ -638,6 +648,15 @@ def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vo
     assert asked[1] / sum(asked.values()) == pytest.approx(0.5, abs=0.02) and accidents / asked[0] < 0.005
     # Were words hidden in matching sentences alone, ITM could be solved by looking for [MASK].
     assert hidden[0] / words[0] == pytest.approx(hidden[1] / words[1], abs=0.01) and hidden[0] > 0
+
+
+def test_targets_tell_the_words_of_each_object(pictures, vocabulary):
+    words = {"coco": [[5], [6, 7], [8]], "vg": [[9], [10], [11]], "attributes": [[12], [13], [14, 15], [16]]}
+    data = training_set(pictures, vocabulary, words=words)
+    of_coco, of_vg = data[0, 4, 0]["target"], data[0, 5, 0]["target"]  # kind 1; kind 2 with attributes 0 and 2
+    assert of_coco["words"].tolist() == [6, 7] and of_coco["word_rows"].tolist() == [0, 0]
+    assert of_vg["words"].tolist() == [11, 12, 14, 15] and of_vg["word_rows"].tolist() == [0, 0, 0, 0]
+    assert "words" not in training_set(pictures, vocabulary)[0, 4, 0]["target"]
 
 
 def test_two_pictures_with_the_same_sentences_have_no_negative(pictures, vocabulary):

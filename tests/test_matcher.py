@@ -13,7 +13,6 @@ from matcher import (
     LOSS_WEIGHTS,
     box_cxcywh_to_xyxy,
     box_xyxy_to_cxcywh,
-    cell_loss,
     count,
     generalized_box_iou,
     hungarian_match,
@@ -221,44 +220,3 @@ def test_half_precision_is_computed_in_float32():
     losses = set_loss(half, targets)
     assert all(value.dtype == torch.float32 for value in losses.values())
     torch.testing.assert_close(losses["loss_class"], exact["loss_class"], rtol=0.02, atol=0.02)
-
-
-def test_cell_loss_equals_a_loop_over_objects():
-    """Each object alone, in float64: the cell is found by walking over the pixels of the grid's cells."""
-    torch.manual_seed(0)
-    stride, columns, classes, attributes = 16, 6, 7, 5
-    sizes = torch.tensor([[64, 96], [50, 70], [64, 64]])  # padded to 64 x 96: 4 x 6 cells
-    logits = {"coco": torch.randn(3, 24, classes + 1, dtype=torch.float64, requires_grad=True),
-              "vg": torch.randn(3, 24, classes + 3, dtype=torch.float64, requires_grad=True)}
-    attribute_logits = torch.randn(3, 24, attributes, dtype=torch.float64, requires_grad=True)
-    targets = [{"source": "vg", "labels": torch.tensor([1, 8]), "boxes": torch.tensor([[0.1, 0.9, 0.1, 0.1],
-                                                                                      [0.999, 1.0, 0.2, 0.2]]),
-                "attributes": torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])},
-               {"source": "coco", "labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])},
-               {"source": "coco", "labels": torch.tensor([], dtype=torch.long), "boxes": torch.zeros(0, 4)}]
-    counts = count(targets, 10)
-    found = cell_loss({"logits": logits, "attributes": attribute_logits}, targets, sizes, stride, columns, counts)
-    loss = loss_attribute = 0.0
-    for b, target in enumerate(targets):
-        height, width = sizes[b].tolist()
-        for n, (cx, cy, _, _) in enumerate(target["boxes"].tolist()):
-            x, y = min(cx * width, width - 1e-6), min(cy * height, height - 1e-6)  # the picture ends before its edge
-            cell = next(row * columns + column for row in range(4) for column in range(6)
-                        if row * 16 <= y < row * 16 + 16 and column * 16 <= x < column * 16 + 16)
-            p = logits[target["source"]][b, cell].softmax(-1)
-            loss = loss - p[target["labels"][n]].log() / 3
-            if "attributes" in target:
-                wanted = target["attributes"][n]
-                p = attribute_logits[b, cell].softmax(-1).log()
-                loss_attribute = loss_attribute - sum(float(w) * v for w, v in zip(wanted, p)) / max(1, wanted.sum())
-    torch.testing.assert_close(found["loss_cell"], loss)
-    torch.testing.assert_close(found["loss_cell_attribute"], loss_attribute)  # one object has attributes
-    (found["loss_cell"] + found["loss_cell_attribute"]).backward()
-    assert logits["vg"].grad[0].abs().sum(-1).nonzero().flatten().tolist() == [3 * 6 + 0, 3 * 6 + 5]
-
-
-def test_cell_loss_of_a_batch_without_objects_is_zero():
-    nothing = {"source": "coco", "labels": torch.tensor([], dtype=torch.long), "boxes": torch.zeros(0, 4)}
-    outputs = {"logits": {"coco": torch.randn(1, 4, 3)}, "attributes": torch.randn(1, 4, 2, requires_grad=True)}
-    found = cell_loss(outputs, [nothing], torch.tensor([[32, 32]]), 16, 2, count([nothing], 5))
-    assert found["loss_cell"] == found["loss_cell_attribute"] == 0 and found["loss_cell"].requires_grad

@@ -719,3 +719,18 @@ def test_unknown_backbone_and_stride():
         small_model(backbone="r20")
     with pytest.raises(InputError, match="--stride 8"):
         small_model(stride=8)
+
+
+def test_the_cells_of_objects():
+    """The cell that holds an object's centre, found by walking over the cells; a centre on the border has the last."""
+    model, batch = small_model(), small_batch()  # 64 x 80, 50 x 96 and 64 x 64, padded to 64 x 96: 4 x 6 cells
+    boxes = [[[0.1, 0.9, 0.1, 0.1], [1.0, 1.0, 0.2, 0.2], [0.0, 0.0, 0.1, 0.1]], [[0.5, 0.5, 0.5, 0.5]], []]
+    batch["targets"] = [{"boxes": torch.tensor(of).view(-1, 4)} for of in boxes]
+    grid = model.encode_picture(batch["images"], batch["sizes"])
+    expected = []
+    for b, ((height, width), of) in enumerate(zip(batch["sizes"].tolist(), boxes)):
+        for cx, cy, _, _ in of:
+            x, y = min(cx * width, width - 1e-6), min(cy * height, height - 1e-6)
+            expected += [grid.states[b, row * 6 + column] for row in range(4) for column in range(6)
+                         if row * 16 <= y < row * 16 + 16 and column * 16 <= x < column * 16 + 16]
+    assert torch.equal(model.cells_of(grid, batch), torch.stack(expected)) and len(expected) == 4

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ from conftest import ROOT, TINY, run_command, small_batch, small_model
 from PIL import Image
 
 import pretrain
-from data import InputError
+from data import InputError, Tokenizer
 from model import E2EVLP, Config, count_parameters, load_checkpoint, walk
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -53,10 +54,12 @@ def test_a_run_writes_its_log_checkpoint_and_sheet(run):
                                           "sheet.png"]
     steps, validations = log(folder)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    parts = ("loss_mlm", "loss_itm", "loss_caption", "loss_class", "loss_bbox", "loss_giou", "loss_attribute")
+    parts = ("loss_mlm", "loss_itm", "loss_caption", "loss_class", "loss_bbox", "loss_giou", "loss_attribute",
+             "loss_cell")
     for line in steps:
         assert {"epoch", "loss", *parts, "lr", "lr_backbone", "grad_norm", "pictures_per_second"} <= set(line)
-        named = pretrain.weights_of([], args_of("--mini").loss_weights)
+        mini = args_of("--mini")
+        named = pretrain.weights_of([], mini.loss_weights, mini.cells)
         assert line["loss"] == pytest.approx(sum(named[name] * line[name] for name in parts), rel=1e-5)
     (values,) = validations
     for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP", "AP50",
@@ -187,12 +190,38 @@ def args_of(*words):
     return pretrain.parse([*words])[0]
 
 
+def test_cell_loss_equals_a_loop_over_objects():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, dtype=torch.float64)
+    objects = [[(1, 2), (3,)], [], [(4, 4, 5), ()]]  # the words of each picture's objects; one may have none
+    targets = [{"labels": torch.zeros(len(of), dtype=torch.long),
+                "words": torch.tensor([w for words in of for w in words], dtype=torch.long),
+                "word_rows": torch.tensor([n for n, words in enumerate(of) for _ in words], dtype=torch.long)}
+               for of in objects]
+    expected = 0.0
+    for row, words in zip(logits, [words for of in objects for words in of]):
+        each = [-math.log(math.exp(row[w]) / sum(math.exp(v) for v in row)) for w in words]
+        expected += sum(each) / max(1, len(each)) / 4
+    assert float(pretrain.cell_loss(logits, targets, 4.0)) == pytest.approx(expected, rel=1e-6)
+    nothing = pretrain.cell_loss(logits[:0].requires_grad_(), targets[1:2], 0.0)
+    nothing.backward()
+    assert nothing == 0
+
+
+def test_words_of_names():
+    tokenizer = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "tennis", "court", "red"])
+    names = {"coco": ["tennis court"], "vg": ["court"], "attributes": ["red"]}
+    assert pretrain.words_of(names, tokenizer) == {"coco": [[5, 6]], "vg": [[6]], "attributes": [[7]]}
+    assert pretrain.words_of(names, tokenizer, ["attributes"]) == {"coco": [[5, 6]], "vg": [[6]], "attributes": [[]]}
+
+
 def test_losses_can_be_left_out(world, command, tmp_path):
     everything = pretrain.weights_of([])
     assert everything == {"loss_mlm": 1, "loss_itm": 1, "loss_caption": 1, "loss_class": 1, "loss_bbox": 5,
                           "loss_giou": 2, "loss_attribute": 1}
     assert pretrain.weights_of(["attributes"]) == {**everything, "loss_attribute": 0}
-    assert sum(pretrain.weights_of(["mlm", "itm", "detection", "caption"]).values()) == 0
+    assert sum(pretrain.weights_of(["mlm", "itm", "detection", "caption"], cells=4).values()) == 0
+    assert pretrain.weights_of(["attributes"], cells=4) == {**everything, "loss_attribute": 0, "loss_cell": 4}
     assert pretrain.weights_of([], ["mlm=3", "giou=0.5"]) == {**everything, "loss_mlm": 3, "loss_giou": 0.5}
     for wrong in ("mlm", "poetry=3", "mlm=much", "mlm=-1", "mlm=nan"):
         with pytest.raises(InputError, match=f"--loss-weights {wrong}: must be NAME=NUMBER"):
