@@ -1258,15 +1258,18 @@ class TaskSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, task, examples, tokenizer, answers=(), *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
-                 text="caption", sentences_per_picture=1, seed=0):
-        """examples: Packed; answers: VQA's list; text: "caption" or "none", which sentence detection is given."""
+                 text="caption", sentences_per_picture=1, most=0, seed=0):
+        """examples: Packed; answers: VQA's list; text: "caption" or "none", which sentence detection is given; most:
+        how many of the examples, the first ones, are used (0: all).
+        """
         self.task, self.tokenizer, self.seed, self.text, self.K = task, tokenizer, seed, text, sentences_per_picture
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.number_of = {answer: i for i, answer in enumerate(answers)}
         # Item n is of the examples order[starts[n]:starts[n + 1]]; arrays, for lists grow in each worker, see Packed
-        self.examples, self.order, self.starts = examples, np.arange(len(examples)), np.arange(len(examples) + 1)
+        number = min(len(examples), most or len(examples))
+        self.examples, self.order, self.starts = examples, np.arange(number), np.arange(number + 1)
         if task == "vqa":
-            groups = examples.groups
+            groups = examples.groups[:number]
             self.order = np.argsort(groups, kind="stable")
             place = np.arange(len(groups)) - np.searchsorted(groups[self.order], groups[self.order])  # within its group
             self.starts = np.append(np.flatnonzero(place % self.K == 0), len(groups))

@@ -121,6 +121,8 @@ def parse(argv):
     g.add_argument("--text", choices=("caption", "none"), default="caption", help="the sentence detection is given")
     g.add_argument("--sentences-per-picture", type=int, default=1, metavar="N",
                    help="VQA, captioning, retrieval: questions or sentences that share one backbone pass")
+    g.add_argument("--train-examples", type=int, default=0, metavar="N",
+                   help="train on the first ones only; 0: all")
     add_model_flags(parser)
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, metavar="N",
@@ -395,7 +397,8 @@ def train(args, state, stop):
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
-                       text=args.text, sentences_per_picture=args.sentences_per_picture, seed=args.seed)
+                       text=args.text, sentences_per_picture=args.sentences_per_picture, most=args.train_examples,
+                       seed=args.seed)
     batches = Batches(trainset.sizes, args.batch_size, parts=parts, rank=rank, world=world,
                       seed=args.seed, start=step)
     loader = torch.utils.data.DataLoader(
@@ -403,7 +406,8 @@ def train(args, state, stop):
         collate_fn=functools.partial(collate_task, pad=tokenizer.pad), prefetch_factor=4 if args.workers else None,
         worker_init_fn=ignore_signals)
     steps = args.steps or math.ceil(args.epochs * batches.per_epoch)
-    say(f"{args.task}: {len(examples)} examples to train on, {len(val)} to validate"
+    number = min(len(examples), args.train_examples or len(examples))
+    say(f"{args.task}: {number} examples to train on, {len(val)} to validate"
         + (f", {len(answers)} answers" if answers else ""))
     say(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers, "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters in training, "

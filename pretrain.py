@@ -262,7 +262,8 @@ POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip",
             "gpus", "gpu_memory", "gpu_tflops", "timeout")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
-                "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "margin", "seed")
+                "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "train_examples",
+                "margin", "seed")
 
 
 # The most that makes any sense; beyond it memory is full or numbers overflow, far from the flag that was mistyped

@@ -1,6 +1,7 @@
 """The paper's tables, one command each: train and fine-tune what a table needs, measure it, write it down.
 
     python tests/tables.py --table 3 --mini --seeds 3 --output results     # on the miniature world, from nothing
+    python tests/tables.py --table few --mini --output results             # the same with few examples to fine-tune on
     python tests/tables.py --table recipe --mini --output results          # what helps beyond the paper's recipe
     python tests/tables.py --table 3 --data DIR --gpus 8 --output tables   # real data, the paper's sizes, by torchrun
     python tests/tables.py --table 3 --data DIR --gpus 8 --dry-run         # its commands, and nothing else
@@ -77,6 +78,8 @@ class Table:
 
 # Passes over its examples that a fine-tuning takes in the miniature, for each 25,600 pictures of --budget
 PASSES = {"vqa": 4, "nlvr2": 8, "caption": 2, "flickr30k": 6, "detection": 4}
+# Of VQA's and NLVR2's official training sets, and the miniature's
+EXAMPLES = {"vqa": (443_757, 12_000), "nlvr2": (86_373, 1_500)}
 # Table 3: the losses that a pre-training leaves out. Without objects there is nothing to have attributes.
 WITHOUT = {"all": (), "no captioning": ("caption",), "no attributes": ("attributes",), "no detection": ("detection",),
            "words alone": ("detection", "caption")}
@@ -133,11 +136,13 @@ class Plan:
                      *(() if "--warmup" in words else ("--warmup", str(steps // 10))), "--workers", "0", *words)
         return Run(f"pretrain-{name}".replace(" ", "-"), "pretrain.py", tuple(words))
 
-    def finetune(self, task, start, name, *words):
-        """start: the pre-training to begin with; None: from nothing."""
+    def finetune(self, task, start, name, *words, often=1.0):
+        """start: the pre-training to begin with; None: from nothing; often: more passes than usual."""
         if self.mini:
-            passes = PASSES[task] * self.budget / 25_600
-            words = ("--mini", "--minutes", "0", "--epochs", f"{passes:g}", "--val-every", f"{passes / 4:g}",
+            passes = PASSES[task] * often * self.budget / 25_600
+            # All pairs of retrieval's pictures and sentences take as long as a good part of its training
+            every = passes / (2 if task == "flickr30k" else 4)
+            words = ("--mini", "--minutes", "0", "--epochs", f"{passes:g}", "--val-every", f"{every:g}",
                      "--val-examples", "400", "--workers", "0", "--checkpoint-minutes", "5", *words)
         return Run(f"{task}-{name}".replace(" ", "-"), "finetune.py", ("--task", task, *words), start)
 
@@ -185,13 +190,39 @@ class Plan:
             cells[f"{task}.{key}"] = (run, f"val_{key}")
         table.rows.append((name, cells, dict(zip(cells, paper))))
 
+    def ablations(self):
+        """{row of Table 3: its pre-training}. In the miniature with the recipe's --cells off, which is no task of the
+        paper's, and needs objects; the last row has it.
+        """
+        size = ("--cells", "0") if self.mini else ("--backbone", "r50", "--encoder-layers", "6")
+        starts = {name: self.pretrain(f"paper-{name}", *size, *(("--without", *tasks) if tasks else ()))
+                  for name, tasks in WITHOUT.items()}
+        return {**starts, "all, cells asked too": self.full()} if self.mini else starts
+
     def table_3(self):
         table = Table("Table 3: pre-training without each of the visual tasks", {
             "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, reference="all")
-        for name, tasks in WITHOUT.items():
-            size = () if self.mini else ("--backbone", "r50", "--encoder-layers", "6")
-            start = self.pretrain(name, *size, *(("--without", *tasks) if tasks else ()))
+        for name, start in self.ablations().items():
             self.vqa_and_nlvr2(table, name, start, PAPER_3.get(name, ()))
+        return table
+
+    def table_few(self):
+        """Table 3 with 1, 10 and 100 % of the examples to fine-tune on: many may hide what was learnt before."""
+        measures = {"vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}
+        table = Table("Table 3 with fewer examples to fine-tune on", {
+            f"{measure}@{share}": f"{head}, {share} %" for measure, head in measures.items() for share in (1, 10, 100)},
+            reference="all")
+        for name, start in self.ablations().items():
+            cells = {}
+            for measure, share in ((m, s) for m in measures for s in (1, 10, 100)):
+                task, key = measure.split(".")
+                number = EXAMPLES[task][self.mini] * share // 100
+                few = () if share == 100 else ("--train-examples", str(number))
+                stem = start.name.removeprefix("pretrain-") + ("" if share == 100 else f"-{share}-percent")
+                # A tenth of the examples has a third of the steps: each is seen three times as often
+                run = self.finetune(task, start, stem, *few, often=(100 / share) ** 0.5)
+                cells[f"{measure}@{share}"] = run, f"val_{key}"
+            table.rows.append((name, cells, {}))
         return table
 
     def table_4(self):
@@ -466,7 +497,7 @@ def compared(measure, reference):
 def in_percent(measure, value):
     """As it is printed: VQA's accuracy and times are as they are, the rest is 100 times a fraction."""
     as_they_are = ("vqa.overall", "milliseconds", "speed-up", "picture", "reading", "together")
-    return value if measure in as_they_are else 100 * value
+    return value if measure.startswith(as_they_are) else 100 * value
 
 
 def markdown(result):
@@ -509,7 +540,7 @@ def curves(table, runner):
         return [(points[0]["pictures"], statistics.fmean(p[key] for p in points))
                 for points in zip(*kept) if all(key in p for p in points)]
 
-    found = [(head, 100 if measure == "vqa.overall" else 1,
+    found = [(head, 100 if measure.startswith("vqa.overall") else 1,
               [(name, line(*cells[measure])) for name, cells, _ in table.rows if measure in cells])
              for measure, head in table.heads.items()]
     starts = {name: run.start for name, cells, _ in table.rows for run, _ in cells.values() if run.start}
@@ -682,7 +713,7 @@ def show(number, args):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "4", "5", "6", "7", "recipe"), default=[],
+    parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "few", "4", "5", "6", "7", "recipe"), default=[],
                         help="which; what they share is trained once")
     parser.add_argument("--mini", action="store_true", help="on the miniature world, which is written to --data")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")

@@ -403,6 +403,16 @@ def test_the_target_of_an_answer_is_its_score(world, vocabulary):
     torch.testing.assert_close(target, torch.tensor([0.6, 0.9, 0.0, 1.0, 0.3]))
 
 
+@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+def test_the_first_examples_alone(world, vocabulary, task):
+    examples = index_task(task, world, "val")["examples"]
+    first = TaskSet(task, examples, Tokenizer(vocabulary), sentences_per_picture=2, most=5)
+    assert sorted(e.id for n in range(len(first)) for e in first.item(n)) == sorted(examples[n].id for n in range(5))
+    assert len(first.sizes) == len(first) <= 5
+    everything = TaskSet(task, examples, Tokenizer(vocabulary), most=10 ** 6)
+    assert sum(len(everything.item(n)) for n in range(len(everything))) == len(examples)
+
+
 def test_a_pictures_sentences_are_drawn_anew_at_each_visit(world, vocabulary):
     data = TaskSet("flickr30k", index_task("flickr30k", world, "val")["examples"], Tokenizer(vocabulary),
                    short_sides=[32], long_side=48)

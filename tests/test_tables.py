@@ -45,12 +45,12 @@ def test_what_table_3_would_run_on_real_data(capsys, monkeypatch, tmp_path):
              "words-alone": ["detection", "caption"]}
     assert len(found) == len(runs) == 3 * len(stems)
     for name, without in stems.items():
-        args = runs["pretrain.py", f"{tmp_path}/pretrain-{name}-seed0"]
+        args = runs["pretrain.py", f"{tmp_path}/pretrain-paper-{name}-seed0"]
         # The paper's: 6 layers of encoder, ResNet-50, 32 pictures, 200 passes
         assert (args.without, args.backbone, args.encoder_layers, args.batch_size, args.epochs, args.data) == (
             without, "r50", 6, 32, 200, "DIR")
         for task in ("vqa", "nlvr2"):
-            tuned = runs["finetune.py", f"{tmp_path}/{task}-{name}-seed0"]
+            tuned = runs["finetune.py", f"{tmp_path}/{task}-paper-{name}-seed0"]
             assert (tuned.task, tuned.init, tuned.batch_size, tuned.epochs, tuned.decay) == (
                 task, f"{args.output}/last.pt", 32, 12, [6, 9])
     folders = [words[words.index("--output") + 1] for words in found]
@@ -59,7 +59,7 @@ def test_what_table_3_would_run_on_real_data(capsys, monkeypatch, tmp_path):
             assert os.path.dirname(words[words.index("--init") + 1]) in folders[:place]
 
 
-@pytest.mark.parametrize("number", ["1", "2", "3", "5", "6", "7", "recipe"])
+@pytest.mark.parametrize("number", ["1", "2", "3", "few", "5", "6", "7", "recipe"])
 def test_each_table_has_commands_that_parse(number, capsys, monkeypatch, tmp_path):
     for size in (["--mini"], ["--data", "DIR"]):
         if number == "recipe" and size[0] == "--data":
@@ -72,15 +72,15 @@ def test_each_table_has_commands_that_parse(number, capsys, monkeypatch, tmp_pat
 
 
 def test_tables_share_their_runs(capsys, tmp_path):
-    """What Tables 1, 2 and 7 start from is the pre-training of Table 3's first row; one name is one command."""
+    """One name is one command, in all tables."""
     seen = {}
-    for number in ("1", "2", "3", "5", "6", "7"):
+    for number in ("1", "2", "3", "few", "5", "6", "7"):
         for words in commands(capsys, "--table", number, "--mini", "--seeds", "1", "--work", str(tmp_path)):
             folder = words[words.index("--output") + 1]
             assert seen.setdefault(folder, words) == words
-    assert len([folder for folder in seen if "pretrain" in folder]) == 8  # 5 of Table 3, 3 more of Table 5
+    assert len([folder for folder in seen if "pretrain" in folder]) == 9  # 6 of Table 3, 3 more of Table 5
     real = {}
-    for number in ("1", "2", "3", "5", "6", "7"):
+    for number in ("1", "2", "3", "few", "5", "6", "7"):
         for words in commands(capsys, "--table", number, "--data", "DIR", "--seeds", "1"):
             assert real.setdefault(words[words.index("--output") + 1], words) == words
 
