@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
 
@@ -413,20 +414,23 @@ class Runner:
             name not in IDEAS or COSTLY.intersection(IDEAS[name]))]
         if not names:
             return costs
-        speeds = {name: [] for name in dict.fromkeys([next(iter(ideas)), *names])}
-        for turn in range(3):
-            for name in speeds:
-                run = Run(f"cost-{len(speeds[name])}-{list(ideas).index(name)}", "pretrain.py", (
-                    "--mini", "--minutes", "0", "--steps", "21", "--log-every", "20", "--val-pictures", "1",
-                    "--workers", "0", *ideas[name]))
-                process = self.start(run, turn)
-                if process.wait():
-                    raise InputError(f"{name}: {self.last_words(run, turn)}")
-                with open(os.path.join(self.folder(run, turn), "log.jsonl")) as file:
-                    speeds[name] += [line["pictures_per_second"] for line in map(json.loads, file)
-                                     if line["step"] == 20 and "loss" in line]
-        plain = statistics.median(next(iter(speeds.values())))
-        costs.update({name: round(plain / statistics.median(speeds[name]), 3) for name in names})
+        plain = next(iter(ideas))
+
+        def speed(name, turn):
+            words = ["2" if word == "WARM" else word for word in ideas[name]]
+            run = Run(f"cost-{list(ideas).index(name)}", "pretrain.py", (
+                "--mini", "--minutes", "0", "--steps", "21", "--log-every", "20", "--val-pictures", "1", "--workers",
+                "0", *words))
+            if self.start(run, turn).wait():
+                raise InputError(f"{name}: {self.last_words(run, turn)}")
+            with open(os.path.join(self.folder(run, turn), "log.jsonl")) as file:
+                return next(line["pictures_per_second"] for line in map(json.loads, file) if line["step"] == 20)
+
+        with ThreadPoolExecutor(self.args.jobs) as pool:  # side by side, as the runs will be
+            found = {(name, turn): pool.submit(speed, name, turn)
+                     for turn in range(3) for name in dict.fromkeys([plain, *names])}
+            speeds = {name: statistics.median(found[name, turn].result() for turn in range(3)) for name, _ in found}
+        costs.update({name: round(speeds[plain] / speeds[name], 3) for name in names})
         write_safely(path, json.dumps(costs, indent=1) + "\n")
         return costs
 
