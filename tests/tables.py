@@ -45,7 +45,7 @@ from bench import (  # which puts the root on the path
 
 import shapes
 from data import HelpFormatter, InputError, command, parse_json, read_text, write_safely
-from evaluate import chart, fill_page
+from evaluate import chart, check_output, fill_page
 from finetune import DEFAULTS, MINI
 from model import E2EVLP, load_checkpoint
 
@@ -303,6 +303,8 @@ class Runner:
     def __init__(self, args):
         self.args = args
         self.kept = os.path.join(args.output, "runs")
+        if not args.dry_run:
+            check_output(self.kept, "--output")
 
     def folder(self, run, seed):
         return os.path.join(self.args.work, f"{run.name}-seed{seed}")
@@ -341,7 +343,6 @@ class Runner:
                  for line in lines if any(k.startswith("val_") for k in line)]
         found = {"name": run.name, "seed": seed, "flags": self.flags(run), "commit": commit(), "machine": machine(),
                  "hours": round(max(line.get("seconds", 0) for line in lines) / 3600, 4), "curve": curve}
-        os.makedirs(self.kept, exist_ok=True)
         write_safely(os.path.join(self.kept, f"{run.name}-seed{seed}.json"), in_lines(found))
         if run.script == "finetune.py":  # nothing starts from it
             for name in ("last.pt", "previous.pt", "best.pt"):

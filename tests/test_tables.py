@@ -159,7 +159,7 @@ def test_a_run_that_fails_is_named_with_its_last_words(world, tmp_path, forks, c
     assert tables.main(["--table", "7", *words, "--lr", "nan"]) == 2
     error = capsys.readouterr().err
     assert "pretrain-all, seed 0: ended with 2" in error and "--lr nan" in error and "output.txt" in error
-    assert not os.path.exists(tmp_path / "out/runs")
+    assert not os.listdir(tmp_path / "out/runs")
 
 
 def test_stopped_and_gone_on(world, tmp_path):
