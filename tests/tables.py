@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
 
@@ -360,10 +359,11 @@ class Runner:
                 missing.insert(missing.index((run, seed)), start)
         return missing
 
-    def all(self, runs, ended=lambda: None):
-        """Train what is missing; ended() after each. InputError with the last words of one that fails."""
-        waiting, going = self.missing(runs), {}
-        total = len(waiting)
+    def all(self, keys, ended):
+        """Train (run, seed), each after what it starts from; ended(run, seed) after each. InputError if one fails, with
+        its last words; then, and when this process is stopped, the others are stopped too.
+        """
+        waiting, going, total = list(keys), {}, len(keys)
         try:
             while waiting or going:
                 for key in [k for k in waiting if (k[0].start, k[1]) not in (*waiting, *going)]:
@@ -377,10 +377,9 @@ class Runner:
                     if process.returncode:
                         raise InputError(f"{run.name}, seed {seed}: ended with {process.returncode}: "
                                          f"{self.last_words(run, seed)}")
-                    self.keep(run, seed)
                     print(f"{total - len(waiting) - len(going)}/{total}  {run.name}, seed {seed}: "
                           f"{(time.time() - began) / 60:.1f} minutes", flush=True)
-                    ended()
+                    ended(run, seed)
         finally:
             for process, _ in going.values():
                 if process.poll() is None:
@@ -415,22 +414,20 @@ class Runner:
             name not in IDEAS or COSTLY.intersection(IDEAS[name]))]
         if not names:
             return costs
-        plain = next(iter(ideas))
+        plain, speeds = next(iter(ideas)), {}
+        runs = {Run(f"cost-{list(ideas).index(name)}", "pretrain.py", (
+            "--mini", "--minutes", "0", "--steps", "21", "--log-every", "20", "--val-pictures", "1", "--workers", "0",
+            *("2" if word == "WARM" else word for word in ideas[name]))): name
+            for name in dict.fromkeys([plain, *names])}
 
-        def speed(name, turn):
-            words = ["2" if word == "WARM" else word for word in ideas[name]]
-            run = Run(f"cost-{list(ideas).index(name)}", "pretrain.py", (
-                "--mini", "--minutes", "0", "--steps", "21", "--log-every", "20", "--val-pictures", "1", "--workers",
-                "0", *words))
-            if self.start(run, turn).wait():
-                raise InputError(f"{name}: {self.last_words(run, turn)}")
+        def ended(run, turn):
             with open(os.path.join(self.folder(run, turn), "log.jsonl")) as file:
-                return next(line["pictures_per_second"] for line in map(json.loads, file) if line["step"] == 20)
+                speeds.setdefault(runs[run], []).extend(
+                    line["pictures_per_second"] for line in map(json.loads, file)
+                    if line["step"] == 20 and "loss" in line)
 
-        with ThreadPoolExecutor(self.args.jobs) as pool:  # side by side, as the runs will be
-            found = {(name, turn): pool.submit(speed, name, turn)
-                     for turn in range(3) for name in dict.fromkeys([plain, *names])}
-            speeds = {name: statistics.median(found[name, turn].result() for turn in range(3)) for name, _ in found}
+        self.all([(run, turn) for turn in range(3) for run in runs], ended)
+        speeds = {name: statistics.median(found) for name, found in speeds.items()}
         costs.update({name: round(speeds[plain] / speeds[name], 3) for name in names})
         write_safely(path, json.dumps(costs, indent=1) + "\n")
         return costs
@@ -702,7 +699,11 @@ def make(number, args):
         if args.picture and drawn:
             draw_curves(args.picture, drawn, table.title)
 
-    runner.all(table.runs(), write)
+    def ended(run, seed):
+        runner.keep(run, seed)
+        write()
+
+    runner.all(runner.missing(table.runs()), ended)
     write()
     print(read_text(f"{stem}.md", "a table"))
 
