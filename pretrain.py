@@ -248,8 +248,9 @@ def parse(argv):
     args.resume = path
     args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     if state is not None:
-        for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
-            if getattr(args, flag) != state["args"].get(flag):
+        for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay",
+                     "query_groups", "contrastive", "ema"):
+            if getattr(args, flag) != state["args"].get(flag, parser.get_default(flag)):
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'].get(flag)}; leave the flag away")
     check_flags(args)
@@ -257,19 +258,20 @@ def parse(argv):
     return args, state
 
 
-# Bounds of flags, for fine-tuning too: more than 0, and 0 or more
+# Bounds of flags, for fine-tuning too: more than 0, 0 or more, from 0 to 1
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip",
-            "gpus", "gpu_memory", "gpu_tflops", "timeout")
+            "query_groups", "gpus", "gpu_memory", "gpu_tflops", "timeout")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
                 "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "train_examples",
-                "margin", "seed")
+                "margin", "seed", "cells", "contrastive")
+SHARES = ("dropout", "label_smoothing", "without_sentence", "mask_share", "mask_named", "ema")
 
 
 # The most that makes any sense; beyond it memory is full or numbers overflow, far from the flag that was mistyped
 MOST = {"batch_size": 10 ** 6, "sentences_per_picture": 1000, "workers": 1000, "long_side": 10_000, "seed": 2 ** 62,
         "negatives": 10 ** 6, "val_pictures": 10 ** 9, "encoder_layers": 1000, "decoder_layers": 1000, "steps": 10 ** 9,
-        **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16),
+        **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16), "query_groups": 1000,
         **dict.fromkeys(("lr", "lr_backbone", "lr_head", "weight_decay", "gamma", "margin"), 1e38)}
 
 
@@ -285,7 +287,7 @@ def check_flags(args):
             raise InputError(f"{name}: must be 0 or more")
         if flag in (*POSITIVE, *NOT_NEGATIVE) and value > MOST.get(flag, 10 ** 12):
             raise InputError(f"{name}: must be at most {MOST.get(flag, 10 ** 12):g}")
-        if flag in ("dropout", "label_smoothing", "without_sentence") and not 0 <= value <= 1:
+        if flag in SHARES and not 0 <= value <= 1:
             raise InputError(f"{name}: must be from 0 to 1")
         if flag == "width" and value % 4:
             raise InputError(f"{name}: must be a multiple of 4 (sine positions take a quarter each)")
