@@ -85,7 +85,7 @@ from pretrain import (
 
 # What a checkpoint's weights fix; dropout has none, so a fine-tuning may choose its own
 FIXED = [flag for flag in MODEL_FLAGS if flag != "dropout"]
-# Section 5.1; decay: the epochs after which the rates are multiplied by 0.1
+# Section 5.1, where it gives them (no epochs for captioning; of detection nothing); decay: the epochs after which the rates are multiplied by 0.1
 DEFAULTS = {"vqa": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             "nlvr2": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             "caption": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),

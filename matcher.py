@@ -5,7 +5,8 @@ object? The 100 answers have no order. DETR's solution is to find the one-to-one
 "bipartite matching", solved exactly by the Hungarian algorithm) and then to compare each answer with its partner. The
 answers without a partner are to say "no object". Because the matching is one to one, two answers for the same object
 cannot both be right, so duplicates are unlearnt (the decoder's queries see each other) and no non-maximum suppression
-is needed. Matching belongs to training: later, each query's most probable class and its box are taken as they are.
+is needed. At inference nothing is matched: each query gives its box and its most probable class other than "no
+object", with that probability as score.
 
 Boxes are cxcywh as fractions of the unpadded picture (0 .. 1) unless a name says xyxy. Of the padded one they would
 depend on the other pictures of the batch, and the model could not know them: it sees nothing of the padding.
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 NO_OBJECT_WEIGHT = 0.1
-# How the named losses are summed (DETR's weights; the attributes' is ours). The matching weighs its costs alike.
+# How the named losses are summed (DETR's weights; the attributes' is ours); `hungarian_match` weighs its costs by the
+# same numbers, whatever --loss-weights says.
 LOSS_WEIGHTS = {"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_attribute": 1.0}
 
 
@@ -31,19 +33,13 @@ def box_cxcywh_to_xyxy(boxes):
     return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1)
 
 
-def box_xyxy_to_cxcywh(boxes):
-    """(..., 4) corners -> centre and size."""
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-
-
 def generalized_box_iou(a, b, check=True):
     """GIoU of boxes xyxy, elementwise with broadcasting: a[:, None], b[None] gives all pairs. Range -1 .. 1.
 
     IoU alone is 0 for all boxes that do not touch, however far apart, and gives no gradient there. GIoU subtracts the
     empty part of the smallest box around both, so it still says in which direction to move (Rezatofighi et al. 2019).
-    Raises ValueError if a box has x1 < x0 or y1 < y0: its "area" would be meaningless. check=False asks for no such
-    box, which spares waiting for the device: boxes made of centre and size have corners in order.
+    Raises ValueError if a box has x1 < x0 or y1 < y0: its "area" would be meaningless. check=False skips this test, for
+    which the host would wait for the device: boxes made of centre and size have corners in order.
     """
     a, b = full_precision(a), full_precision(b)
     for name, boxes in (("first", a), ("second", b)) if check else ():
@@ -56,12 +52,12 @@ def generalized_box_iou(a, b, check=True):
     union = area_a + area_b - overlap
     outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     around = outer[..., 0] * outer[..., 1]
-    tiny = torch.finfo(a.dtype).tiny  # two boxes without area have union 0; 0 / tiny is 0 where 0 / 0 were NaN
+    tiny = torch.finfo(a.dtype).tiny  # two boxes without area have union 0; 0 / tiny is 0, 0 / 0 would be NaN
     return overlap / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
 
 
 @torch.no_grad()
-def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_giou=2.0):
+def hungarian_match(logits, boxes, targets):
     """Eq. 1: the assignment of objects to queries that costs least, for each layer and picture on its own.
 
     logits (L, B, Q, C + 1), the last class is "no object"; boxes (L, B, Q, 4); targets: B dicts with labels (n,) int64
@@ -86,11 +82,11 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
         labels[b, :counts[b]], wanted[b, :counts[b]] = t["labels"], t["boxes"].to(wanted.dtype)
     # The class cost is minus the probability, not minus its logarithm: bounded, so it cannot outweigh the boxes.
     probability = full_precision(logits).softmax(-1)
-    cost = -cost_class * probability.gather(3, labels[None, :, None].expand(L, B, Q, most))          # (L, B, Q, n)
-    found = full_precision(boxes)
-    cost += cost_bbox * torch.cdist(found.flatten(0, 1), wanted.repeat(L, 1, 1), p=1).view(L, B, Q, most)
-    cost -= cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(found)[..., None, :],
-                                            box_cxcywh_to_xyxy(wanted)[None, :, None], check=False)
+    weights, found = LOSS_WEIGHTS, full_precision(boxes)
+    cost = -weights["loss_class"] * probability.gather(3, labels[None, :, None].expand(L, B, Q, most))  # (L, B, Q, n)
+    cost += weights["loss_bbox"] * torch.cdist(found.flatten(0, 1), wanted.repeat(L, 1, 1), p=1).view(L, B, Q, most)
+    cost -= weights["loss_giou"] * generalized_box_iou(box_cxcywh_to_xyxy(found)[..., None, :],
+                                                       box_cxcywh_to_xyxy(wanted)[None, :, None], check=False)
     cost = cost.cpu()  # the one transfer: scipy works on the host, and each transfer would wait for the device
     cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).numpy()
     rows = []
@@ -103,7 +99,7 @@ def hungarian_match(logits, boxes, targets, cost_class=1.0, cost_bbox=5.0, cost_
     return tuple(torch.tensor(rows, dtype=torch.long).view(-1, 4).to(device).unbind(1))
 
 
-def count(targets, queries, no_object_weight=NO_OBJECT_WEIGHT):
+def count(targets, queries):
     """What the losses are divided by, (3,) float32: boxes; the sum of class weights in one layer; boxes that have
     attributes. They are sums, so those of several batches or processes may simply be added. And they should be: were
     each process's losses divided by its own count, an object would weigh more where there are few beside it.
@@ -113,13 +109,13 @@ def count(targets, queries, no_object_weight=NO_OBJECT_WEIGHT):
         n = len(t["labels"])
         matched = min(n, queries)
         boxes += n
-        weight += matched + no_object_weight * (queries - matched)
+        weight += matched + NO_OBJECT_WEIGHT * (queries - matched)
         if "attributes" in t:
             described += float((t["attributes"].sum(-1) > 0).sum())
     return torch.tensor([boxes, weight, described])
 
 
-def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
+def set_loss(outputs, targets, counts=None):
     """L_v: the losses of matched pairs, and of "no object" for the rest, summed over the decoder's layers.
 
     outputs: logits {source: (L, B, Q, C + 1)}, boxes (L, B, Q, 4), attributes (L, B, Q, A) logits.
@@ -134,8 +130,10 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
     boxes = full_precision(outputs["boxes"])
     L, B, Q, _ = boxes.shape
     device = boxes.device
+    if len(targets) != B:
+        raise ValueError(f"set_loss: outputs of {B} pictures, targets of {len(targets)}")
     if counts is None:
-        counts = count(targets, Q, no_object_weight)
+        counts = count(targets, Q)
     num_boxes, class_weight, described = (max(float(c), floor) for c, floor in zip(counts, (1.0, 1e-6, 1.0)))
     # A head that no picture of this batch trains still takes part, with gradient zero: DistributedDataParallel waits
     # for the gradient of each parameter.
@@ -155,7 +153,7 @@ def set_loss(outputs, targets, counts=None, no_object_weight=NO_OBJECT_WEIGHT):
         classes[layer, picture, query] = labels[row]
         # About 95 of 100 queries have no partner. Unweighted, "no object" would be the answer to everything.
         weight = torch.ones(none + 1, device=device, dtype=logits.dtype)
-        weight[none] = no_object_weight
+        weight[none] = NO_OBJECT_WEIGHT
         loss_class = loss_class + F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight=weight,
                                                   reduction="sum") / class_weight
         # Here the boxes' gradient begins: the matching only says which boxes to pick, and a picked box is compared with

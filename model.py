@@ -11,7 +11,8 @@ Read from top to bottom. A picture and a sentence go through it like this (B pic
 
 Departures from the paper, each with its reason in the README's table of choices:
   - 256 units do not divide into 12 heads: a head is 32 wide, so attention projects 256 -> 384 -> 256;
-  - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes of Table 5);
+  - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes of Table 5's models
+    of 12 layers);
   - the caption is decoded from a second pass of the encoder over the picture alone, so that it cannot see itself.
 
 Masks: everywhere in this project True means "there is something here" (a real word, a real picture cell, may be
@@ -42,7 +43,10 @@ BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "r
 
 @dataclass
 class Config:
-    """Everything that is needed to build the model again; it travels inside the checkpoint. Defaults: section 4.2."""
+    """Everything that is needed to build the model again; it travels inside the checkpoint.
+
+    The sizes are section 4.2's; what the paper leaves open (queries, dropout ...) is in the README's table of choices.
+    """
 
     backbone: str = "r50"           # r18, r34, r50, r101 or r152
     stride: int = 32                # pixels per grid cell: 32 ends the ResNet at C5 (the paper), 16 ends it at C4
@@ -90,7 +94,8 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
 
 class FoldedConv(nn.Conv2d):
-    """A convolution with the frozen batch norm that follows it: (w * x) scale + shift = (w scale) * x + shift.
+    """A convolution with the frozen batch norm that follows it: scale * conv(x, w) + shift = conv(x, scale * w) + shift
+    with a scale for each output channel.
 
     So the few weights are multiplied instead of the many pixels, which spares two passes over the largest tensors of
     the whole model. It is done anew each time, since the weights learn; they keep torchvision's names and values.
@@ -117,7 +122,7 @@ def run(module, *inputs, recompute=False, **more):
 
 
 def is_padded(images, sizes):
-    """Is any of the pictures smaller than the tensor? Asked of sizes on the host, no device must be waited for."""
+    """Is any of the pictures smaller than the tensor? Where sizes stay on the host this waits for no device."""
     return any(size != list(images.shape[-2:]) for size in sizes.tolist())
 
 
@@ -187,7 +192,7 @@ class Backbone(nn.Module):
         self._masks = masks = levels if padded else None  # a batch without padding pays nothing
 
         def masked(block, x):
-            self._masks = masks  # again: the backward pass may come back to the block when they are gone
+            self._masks = masks  # set again, for with recompute the block runs in the backward pass too, see below
             return block(x)
 
         net = self.resnet
@@ -195,7 +200,8 @@ class Backbone(nn.Module):
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):  # each but the first halves the sides
             for block in stage:
                 x = run(masked, block, x, recompute=recompute and self.frozen)
-        self._masks = None                                                    # (B, C, H0 / stride, W0 / stride)
+        # x (B, C, H0 / stride, W0 / stride)
+        self._masks = None
         assert x.shape[-2:] == mask.shape[-2:]
         return self.project(x), mask
 
@@ -218,7 +224,7 @@ class Backbone(nn.Module):
             except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
                 raise InputError(f"no ImageNet weights for {name} ({error}): download {weights.url} to {place}, "
                                  "or give --backbone-weights FILE, or --backbone-weights none") from None
-            if not digest.startswith(start_of_hash):  # torch.hub compares it for what it downloads alone
+            if not digest.startswith(start_of_hash):  # torch.hub checks only what it has just downloaded
                 raise InputError(f"{place}: its SHA-256 begins with {digest[:8]}, not as its name says; remove it, and "
                                  f"{weights.url} is downloaded again")
             state = load_file(place, "--backbone-weights")
@@ -240,7 +246,7 @@ def sine_positions(mask, width, temperature=10000.0):
     counted over the unpadded area and scaled to 0 .. 2 pi, so a cell at the right border reads the same for each size.
     The wavelengths grow from the picture's side to `temperature` times that. Those much longer than the picture hardly
     change from cell to cell: with DETR's 10000 most channels are nearly constant, with 20 all of them tell places apart
-    (so DAB-DETR, section 4.4), and a small grid is learnt sooner.
+    (DAB-DETR's "temperature tuning"), and a small grid is learnt sooner.
     """
     B, H, W = mask.shape
     counted = mask.float()
@@ -325,11 +331,11 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, mask, outputs=None):
-        """x, positions (B, S, D); mask (B, S) or None; outputs: how many of the S are wanted, the first ones (all)."""
+        """x, positions (B, S, D); mask (B, S) or None; outputs: compute only the first so many of the S; None: all."""
         # Positions go to queries and keys but not to values: they decide who looks at whom; what is carried along is
         # content alone. And they go in at each layer, because post-norm layers soon wash out what was added once.
-        # How can a box be told from that? What is carried along depends on who looks where, and the zeros around the
-        # input of each convolution of the ResNet leave traces of the place in the content itself.
+        # How, then, can the model know where a box is? What is carried along depends on who looks where, and the zeros
+        # around the input of each convolution of the ResNet leave traces of the place in the content itself.
         where = x + positions
         seen = self.attention.keys_values(where, x)
         x, where = x[:, :outputs], where[:, :outputs]
@@ -356,7 +362,7 @@ class DecoderLayer(nn.Module):
         return self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
 
     def forward(self, x, query_positions, memory, causal=False, cache=None):
-        """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
+        """x (B, T, D); query_positions (B, T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
         # Each side has positions of its own, again for queries and keys only: query_positions (learned for object
         # queries, 0 for words, whose embedding has them) here and in cross-attention's queries, the grid's in its keys.
         where = x + query_positions
@@ -413,7 +419,7 @@ class E2EVLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.hard_negatives = self.cells = False
+        self.hard_negatives = self.cells = False  # beyond the paper; pretrain.py sets them (--hard-negatives, --cells)
         self.recompute = False  # a training's own choice (--activation-checkpointing), see `run`
         self.backbone = Backbone(c)
         self.sentence = SentenceEmbedding(c)
@@ -439,7 +445,7 @@ class E2EVLP(nn.Module):
         self.box = MLP(c.width, 4)
         self.attribute = nn.Linear(c.width, c.attributes)
         self.caption = nn.Linear(c.width, c.vocabulary, bias=False)
-        # Heads that only one task of section 5.1 needs; retrieval uses the ITM head, captioning and detection theirs
+        # Heads that only one task needs; retrieval uses the ITM head, captioning and detection those of pre-training
         if c.task == "vqa":
             self.answer = ClassifierHead(c.width, 2 * c.width, c.answers)
         elif c.task == "nlvr2":
@@ -447,12 +453,13 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for embeddings (BERT); the ResNet keeps torchvision's own.
+        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT). The queries' positions keep
+        torch's normal with deviation 1 (DETR), the ResNet torchvision's own.
 
         What a layer adds to its input starts small, so that a new layer changes little. Else a dozen random layers
         with their norm after the sum (post-norm) first blur the picture's cells into one another, and nothing is found
-        until that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention is left as it is: at first an
-        object query has no content of its own to keep.
+        until that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention's matrices keep their size: at
+        first an object query has no content of its own to keep.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("backbone.resnet"):
@@ -568,7 +575,7 @@ class E2EVLP(nn.Module):
         """Caption logits (B, T, V) for the word after each of tokens (B, T), which begin with [CLS] (Eq. 2).
 
         memory must be an encoding of the picture alone: had the encoder seen the sentence, the decoder could copy it.
-        From the words that it is given itself, causal attention hides the later ones.
+        The caption's own later words are hidden by the causal mask.
         """
         x = self.sentence(tokens, start).to(memory.states.dtype)
         for i, layer in enumerate(self.decoder):
@@ -594,7 +601,7 @@ class E2EVLP(nn.Module):
         # Pass 1: the picture with each of its K sentences, for MLM and ITM
         joint = self.encode(grid.repeat(K), tokens.flatten(0, 1))                 # B * K sequences
         chosen = joint.states[batch["mlm_places"] // T, batch["mlm_places"] % T]  # (M, D): only words to be guessed
-        T = tokens.shape[2]
+        T = tokens.shape[2]  # hard negatives may have made it longer
         mlm = self.guess_words(chosen)
         itm = self.itm(joint.states[:, 0])                                        # from [CLS]
         # Pass 2: the picture alone, for the caption
@@ -605,13 +612,11 @@ class E2EVLP(nn.Module):
         # Detection decodes pass 1 (with the first of the K sentences), and for some pictures pass 2, so that it also
         # works where nobody gives a sentence. The place of the words is then there but masked.
         skip = batch["no_sentence"][:, None]                                       # (B, 1), True = without a sentence
-        S = alone.states.shape[1]
         first = joint.states.unflatten(0, (B, K))[:, 0]
         cells = torch.where(skip[..., None], alone.states, first[:, T:])
         mask = joint.mask.unflatten(0, (B, K))[:, 0]
         mask = torch.cat([mask[:, :T] & ~skip, mask[:, T:]], dim=1)
         positions = joint.positions.unflatten(0, (B, K))[:, 0]
-        assert cells.shape[1] == S
         objects = self.detect(Memory(torch.cat([first[:, :T], cells], dim=1), positions, mask))
         out = {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption, **contrast}
         if self.cells:  # beyond the paper, see pretrain.cell_loss
@@ -630,7 +635,7 @@ class E2EVLP(nn.Module):
             torch.tensor([len(at) for at in places], device=grid.states.device))
         return grid.states[pictures, torch.cat(places)]
 
-    # -- the tasks of section 5.1: grid of encode_picture, tokens (B, T); captioning and detection have theirs above ---
+    # -- the tasks of section 5: grid of encode_picture, tokens (B, T); captioning and detection have theirs above ---
 
     def answer_questions(self, grid, tokens):
         """VQA: logits (B, answers); several answers may be right, so each has its own sigmoid."""
@@ -986,7 +991,8 @@ def parse(argv):
     g.add_argument("--stride", type=int, default=c.stride, help="pixels per grid cell: 16 or 32")
     g.add_argument("--hidden", type=int, default=c.width, help="hidden units, D (called width in Config)")
     g.add_argument("--heads", type=int, default=c.heads, help=f"attention heads, {c.head_width} units each")
-    g.add_argument("--feed-forward", type=int, default=c.feed_forward, help="units between the feed-forward layers")
+    g.add_argument("--feed-forward", type=int, default=c.feed_forward,
+                   help="units between the two linear layers of a feed-forward block")
     g.add_argument("--encoder-layers", type=int, default=c.encoder_layers, help="6 or 12 in the paper")
     g.add_argument("--decoder-layers", type=int, default=c.decoder_layers, help="6 in the paper")
     g.add_argument("--queries", type=int, default=c.queries, help="objects that can be found in a picture, at most")
