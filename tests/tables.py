@@ -17,7 +17,9 @@ the paper's figures, OUTPUT/tableN.html the curves too.
 """
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -66,6 +68,7 @@ class Table:
     rows: list = field(default_factory=list)    # (name, {measure: (Run, key)}, {measure: the paper's figure})
     reference: str = ""                         # the row that the others are compared with
     sizes: dict = field(default_factory=dict)   # row -> (height, width) of which a question's time is measured
+    note: str = ""                              # what a reader of its figures has to know
 
     def runs(self):
         """All that is to be trained, each once, after what it starts from."""
@@ -108,9 +111,15 @@ TOGETHER = ("cosine schedule, warm-up", "4 sentences a picture", "words weigh 8 
             "half of the names hidden")
 # What changes a step's time; the other ideas only change numbers
 COSTLY = {"--sentences-per-picture", "--query-groups", "--cells", "--contrastive", "--ema", "--batch-size"}
-PRETRAINED = {"mlm_accuracy_visual": "words the picture decides", "itm_accuracy": "ITM", "itm_accuracy_foil": "foils",
-              "AP50": "AP50", "AP50_no_sentence": "AP50, no sentence", "attribute_accuracy": "attributes",
-              "caption_objects": "captions true"}
+PRETRAINED = {"val_mlm_accuracy_visual": "words the picture decides", "blind_mlm_accuracy_visual": "the same, blind",
+              "val_itm_accuracy": "ITM", "val_itm_accuracy_foil": "foils", "val_AP50": "AP50",
+              "val_AP50_no_sentence": "AP50, no sentence", "val_attribute_accuracy": "attributes",
+              "val_caption_objects": "captions true"}
+# Whose smaller values are the better ones
+TIMES = ("milliseconds", "picture", "reading", "together")
+# What of a table's figures on real data is not the paper's
+SPLITS = ("Ours are of val, and of VQA's pictures there pre-training has seen three quarters; the paper's are of VQA's "
+          "test-dev and of Karpathy's test.")
 
 
 def batch_of(words):
@@ -142,8 +151,13 @@ class Plan:
             passes = PASSES[task] * often * self.budget / 25_600
             # All pairs of retrieval's pictures and sentences take as long as a good part of its training
             every = passes / (2 if task == "flickr30k" else 4)
+            examples = "0" if task in ("vqa", "nlvr2") else "400"  # 0: all that there are
             words = ("--mini", "--minutes", "0", "--epochs", f"{passes:g}", "--val-every", f"{every:g}",
-                     "--val-examples", "400", "--workers", "0", "--checkpoint-minutes", "5", *words)
+                     "--val-examples", examples, "--workers", "0", "--checkpoint-minutes", "5", *words)
+        elif often != 1:
+            words = ("--epochs", f"{DEFAULTS[task]['epochs'] * often:g}", "--schedule", "cosine", *words)
+        elif task == "flickr30k":  # the paper ranks all pictures; that takes as long as an epoch, so only at the end
+            words = ("--val-examples", "0", "--val-every", str(DEFAULTS[task]["epochs"]), *words)
         return Run(f"{task}-{name}".replace(" ", "-"), "finetune.py", ("--task", task, *words), start)
 
     # -- the five tasks --------------------------------------------------------------------------------------------
@@ -157,7 +171,7 @@ class Plan:
 
     def compare(self, title, heads, paper):
         """A table of pre-trained, from nothing, and blind. heads: {"task.key": heading}."""
-        table = Table(title, heads, reference="pre-trained")
+        table = Table(title, heads, reference="pre-trained", note="" if self.mini else SPLITS)
         start = self.full()
         tasks = {name.split(".")[0] for name in heads}
         tuned = {task: self.finetune(task, start, start.name.removeprefix("pretrain-")) for task in tasks}
@@ -168,8 +182,8 @@ class Plan:
             table.rows.append((name, cells, paper))
 
         row("pre-trained", tuned, "val", paper)
-        row("from scratch", nothing, "val", {})
-        row("pre-trained, blind", tuned, "blind", {})
+        row("from scratch" if self.mini else "from ImageNet's ResNet", nothing, "val", {})
+        row("pre-trained, blind" + ", of 50 pictures" * ("flickr30k" in tasks), tuned, "blind", {})
         return table
 
     def table_1(self):
@@ -179,8 +193,11 @@ class Plan:
 
     def table_2(self):
         keys = [f"{kind}@{n}" for kind in ("IR", "TR") for n in (1, 5, 10)]
-        return self.compare("Table 2: retrieval, Flickr30k", {f"flickr30k.{key}": key for key in keys},
-                            dict(zip((f"flickr30k.{key}" for key in keys), (73.58, 92.42, 96.03, 86.24, 97.5, 98.92))))
+        table = self.compare("Table 2: retrieval, Flickr30k", {f"flickr30k.{key}": key for key in keys}, dict(
+            zip((f"flickr30k.{key}" for key in keys), (73.58, 92.42, 96.03, 86.24, 97.5, 98.92))))
+        table.note = ("All rank 200 pictures and their 1,000 sentences, blind ranks 50 and 250." if self.mini else
+                      "Ours rank the 1,014 pictures of val, the paper's the 1,000 of test; blind ranks 50.")
+        return table
 
     def vqa_and_nlvr2(self, table, name, start, paper=(), *words, suffix=""):
         """A row: one pre-training, fine-tuned on the two tasks that Tables 3, 5 and 6 ask for."""
@@ -191,17 +208,19 @@ class Plan:
         table.rows.append((name, cells, dict(zip(cells, paper))))
 
     def ablations(self):
-        """{row of Table 3: its pre-training}. In the miniature with the recipe's --cells off, which is no task of the
-        paper's, and needs objects; the last row has it.
+        """{row of Table 3: its pre-training}. The miniature's recipe also asks the grid's cells for objects' words
+        (--cells), which goes where detection or attributes go; the last row is without that, all as the paper has it.
         """
-        size = ("--cells", "0") if self.mini else ("--backbone", "r50", "--encoder-layers", "6")
-        starts = {name: self.pretrain(f"paper-{name}", *size, *(("--without", *tasks) if tasks else ()))
-                  for name, tasks in WITHOUT.items()}
-        return {**starts, "all, cells asked too": self.full()} if self.mini else starts
+        size = () if self.mini else ("--backbone", "r50", "--encoder-layers", "6")
+        starts = {name: self.pretrain(name if tasks or self.mini else "r50-6", *size,
+                                      *(("--without", *tasks) if tasks else ())) for name, tasks in WITHOUT.items()}
+        return {**starts, "all, cells not asked": self.pretrain("no cells", "--cells", "0")} if self.mini else starts
 
     def table_3(self):
         table = Table("Table 3: pre-training without each of the visual tasks", {
-            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, reference="all")
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, reference="all", note=(
+            "Pre-trained by the miniature's recipe, whose `--cells` goes with detection and attributes; NLVR2 keeps "
+            "the pre-trained ResNet as it is." if self.mini else SPLITS))
         for name, start in self.ablations().items():
             self.vqa_and_nlvr2(table, name, start, PAPER_3.get(name, ()))
         return table
@@ -211,16 +230,18 @@ class Plan:
         measures = {"vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}
         table = Table("Table 3 with fewer examples to fine-tune on", {
             f"{measure}@{share}": f"{head}, {share} %" for measure, head in measures.items() for share in (1, 10, 100)},
-            reference="all")
+            reference="all", note="The few examples are the first ones, the same for every seed.")
         for name, start in self.ablations().items():
             cells = {}
             for measure, share in ((m, s) for m in measures for s in (1, 10, 100)):
                 task, key = measure.split(".")
-                number = EXAMPLES[task][self.mini] * share // 100
-                few = () if share == 100 else ("--train-examples", str(number))
+                often = (100 / share) ** 0.75  # a tenth of the examples has 56 % of the steps, a hundredth 32 %
+                few = ()
+                if share < 100:  # whole pictures, of NLVR2 whole statements: four examples each
+                    few = ("--train-examples", str(-(-EXAMPLES[task][self.mini] * share // 400) * 4))
+                    few += ("--warmup", str(round(50 * often * share / 100))) if self.mini else ()
                 stem = start.name.removeprefix("pretrain-") + ("" if share == 100 else f"-{share}-percent")
-                # A tenth of the examples has a third of the steps: each is seen three times as often
-                run = self.finetune(task, start, stem, *few, often=(100 / share) ** 0.5)
+                run = self.finetune(task, start, stem, *few, often=often)
                 cells[f"{measure}@{share}"] = run, f"val_{key}"
             table.rows.append((name, cells, {}))
         return table
@@ -234,7 +255,7 @@ class Plan:
 
     def table_5(self):
         table = Table("Table 5: layers of the encoder and the ResNet", {
-            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"})
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, note="" if self.mini else SPLITS)
         paper = iter(((70.56, 72.12), (71.42, 74.34), (72.23, 76.21), (71.34, 73.04), (72.43, 75.23), (73.25, 77.25)))
         for layers in ((3, 6) if self.mini else (6, 12)):
             for backbone in (("r18", "r34") if self.mini else ("r50", "r101", "r152")):
@@ -247,12 +268,13 @@ class Plan:
 
     def table_6(self):
         table = Table("Table 6: size of the pictures in fine-tuning", {
-            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"})
+            "vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, note="Times are three repeats in one process. " + (
+            "NLVR2 keeps the ResNet as it was pre-trained, on pictures of 64 x 96." if self.mini else SPLITS))
         sizes = {(448, 448): (71.14, 75.43), (448, 746): (72.04, 75.79), (600, 1000): (73.08, 76.87),
                  (800, 1333): (73.25, 77.25)}
         start = self.full()
         for (short, long), paper in ({(32, 48): (), (48, 72): (), (64, 96): ()} if self.mini else sizes).items():
-            own = (short, long) == (64, 96)  # the size that it is fine-tuned at for the other tables too
+            own = (short, long) in ((64, 96), (800, 1333))  # at which it is fine-tuned for the other tables too
             self.vqa_and_nlvr2(table, f"{short} x {long}", start, paper, *(() if own else (
                 "--short-sides", str(short), "--long-side", str(long))), suffix="" if own else f"-{short}x{long}")
             table.sizes[f"{short} x {long}"] = short, long
@@ -265,25 +287,29 @@ class Plan:
             reference="pre-trained, sentence")  # the miniature's objects are all small
         start = self.full()
         own = start.name.removeprefix("pretrain-")
-        detr = () if self.mini else ("--backbone", "r50", "--encoder-layers", "6", "--epochs", "300", "--schedule",
-                                     "cosine")
         alone = self.finetune("detection", start, f"{own}-no-sentence", "--text", "none")
         nothing = self.finetune("detection", None, "scratch", *self.scratch())
-        plain = self.finetune("detection", None, "scratch-no-sentence", "--text", "none", *detr)
-        for name, run, paper in (
-                ("pre-trained, sentence", self.finetune("detection", start, own), (41.9, 62.6, 20.3, 45.6, 61.1)),
-                ("pre-trained, no sentence", alone, ()), ("from scratch, sentence", nothing, ()),
-                ("from scratch, no sentence (DETR)", plain, (40.6, 61.6, 19.9, 44.3, 60.2))):
+        plain = self.finetune("detection", None, "scratch-no-sentence", "--text", "none", *self.scratch())
+        scratch, of_detr = "from scratch" if self.mini else "from ImageNet's ResNet", (40.6, 61.6, 19.9, 44.3, 60.2)
+        rows = [("pre-trained, sentence", self.finetune("detection", start, own), (41.9, 62.6, 20.3, 45.6, 61.1)),
+                ("pre-trained, no sentence", alone, ()), (f"{scratch}, sentence", nothing, ()),
+                (f"{scratch}, no sentence", plain, of_detr if self.mini else ())]
+        if not self.mini:
+            rows.append(("DETR's size: r50, 6 layers, 300 epochs, no sentence", self.finetune(
+                "detection", None, "detr", "--text", "none", "--backbone", "r50", "--encoder-layers", "6", "--epochs",
+                "300", "--schedule", "cosine"), of_detr))
+        for name, run, paper in rows:
             cells = {m: (run, f"val_{m.split('.')[1]}") for m in table.heads}
             table.rows.append((name, cells, dict(zip(cells, paper))))
         return table
 
     def recipe(self, costs):
         """Each idea alone, and those that help together, against the paper's recipe in the same time."""
-        table = Table("Recipe: what helps beyond the paper's, in the same time", PRETRAINED, reference="the paper's")
+        table = Table("Recipe: what helps beyond the paper's, in the same time", PRETRAINED, reference="the paper's",
+                      note="The same time as measured side by side over 20 steps of each, to a tenth.")
         for name, words in self.ideas().items():
             run = self.pretrain(f"recipe-{re.sub('[^a-z0-9 ]', '', name)}", *words, cost=costs.get(name, 1.0))
-            table.rows.append((name, {key: (run, f"val_{key}") for key in PRETRAINED}, {}))
+            table.rows.append((name, {key: (run, key) for key in PRETRAINED}, {}))
         return table
 
     def ideas(self):
@@ -323,24 +349,56 @@ class Runner:
         if not os.path.exists(path):
             return None
         found = parse_json(read_text(path, "a run's measures"), path)
-        if found["flags"] != self.flags(run):
-            raise InputError(f"{path}: is of a run with other flags ({shlex.join(found['flags'])}); give another "
-                             "--output, or remove it")
+        self.check(run, found, path, "--output")
         return found
 
     def flags(self, run):
         return [*run.words, *self.args.words]
+
+    def check(self, run, found, path, flag):
+        """InputError unless what was written down of a run is of these flags, and of these that it starts from."""
+        if (found["flags"], found.get("start")) != (self.flags(run), self.flags(run.start) if run.start else None):
+            raise InputError(f"{path}: is of a run with other flags ({shlex.join(found['flags'])}); give another "
+                             f"{flag}, or remove it")
+
+    def claim(self, run, seed):
+        """Take a run's folder: a descriptor whose lock holds as long as the run lives, even if this process does not.
+
+        InputError if another run is in the folder, or left something there: --resume auto would go on with that.
+        """
+        folder = self.folder(run, seed)
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(os.path.join(folder, "lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path = os.path.join(folder, "run.json")
+            if os.path.exists(path):
+                self.check(run, parse_json(read_text(path, "a run's flags"), path), folder, "--work")
+            elif os.path.exists(os.path.join(folder, "log.jsonl")):
+                raise InputError(f"{folder}: holds a run of unknown flags; give another --work, or remove it")
+            else:
+                write_safely(path, in_lines({"flags": self.flags(run), "commit": commit(),
+                                             "start": self.flags(run.start) if run.start else None}))
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(f"{folder}: another run is in it; wait for its end, or stop it") from None
+        except InputError:
+            os.close(lock)
+            raise
+        return lock
 
     def keep(self, run, seed):
         """Write down what a run that has ended measured: all of its validations."""
         folder = self.folder(run, seed)
         with open(os.path.join(folder, "log.jsonl")) as file:
             lines = [json.loads(line) for line in file]
+        with open(os.path.join(folder, "run.json")) as file:
+            began = json.load(file)
         batch = batch_of(self.flags(run))
         curve = [{"pictures": line["step"] * batch, **{k: v if isinstance(v, int) else float(f"{v:.5g}")
                                                        for k, v in line.items() if k.startswith(("val_", "blind_"))}}
                  for line in lines if any(k.startswith("val_") for k in line)]
-        found = {"name": run.name, "seed": seed, "flags": self.flags(run), "commit": commit(), "machine": machine(),
+        found = {"name": run.name, "seed": seed, **began, "machine": machine(),
                  "hours": round(max(line.get("seconds", 0) for line in lines) / 3600, 4), "curve": curve}
         write_safely(os.path.join(self.kept, f"{run.name}-seed{seed}.json"), in_lines(found))
         if run.script == "finetune.py":  # nothing starts from it
@@ -369,7 +427,11 @@ class Runner:
                 for key in [k for k in waiting if (k[0].start, k[1]) not in (*waiting, *going)]:
                     if len(going) < self.args.jobs:
                         waiting.remove(key)
-                        going[key] = self.start(*key), time.time()
+                        lock = self.claim(*key)
+                        try:
+                            going[key] = self.start(*key, lock), time.time()
+                        finally:
+                            os.close(lock)
                 time.sleep(0.2)
                 for key in [k for k, (process, _) in going.items() if process.poll() is not None]:
                     process, began = going.pop(key)
@@ -387,16 +449,16 @@ class Runner:
             for process, _ in going.values():
                 process.wait()
 
-    def start(self, run, seed):
-        folder = self.folder(run, seed)
-        os.makedirs(folder, exist_ok=True)
-        words = self.words(run, seed)
-        words = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else []), *words[1:]]
+    def start(self, run, seed, lock):
+        folder, words = self.folder(run, seed), self.words(run, seed)
+        words = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else []), *(
+            os.path.join(ROOT, word) if word == run.script else word for word in words[1:])]
         # Side by side: a thread each, so that two of them do not take turns with four
         threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs)) if self.args.mini else None
         environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
         with open(os.path.join(folder, "output.txt"), "a") as log:
-            return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            return subprocess.Popen(words, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                    pass_fds=(lock,))
 
     def last_words(self, run, seed):
         path = os.path.join(self.folder(run, seed), "output.txt")
@@ -484,21 +546,22 @@ def spread(values):
             "values": values}
 
 
-def compared(measure, reference):
-    """"+", "-" if every seed is better, or worse, than every seed of the reference; else "", within the spread.
+def compared(measure, reference, smaller=False):
+    """"+", "-" if every value is better, or worse, than every value of the reference; else "", within the spread.
 
-    Of two kinds of three runs each that do not differ, one in ten is so by chance.
+    smaller: a smaller one is better. Of two kinds of three runs each that do not differ, one in ten is so by chance.
     """
     if len(measure["values"]) < 2 or len(reference["values"]) < 2:
         return ""
+    signs = "-+" if smaller else "+-"
     if min(measure["values"]) > max(reference["values"]):
-        return "+"
-    return "-" if max(measure["values"]) < min(reference["values"]) else ""
+        return signs[0]
+    return signs[1] if max(measure["values"]) < min(reference["values"]) else ""
 
 
 def in_percent(measure, value):
     """As it is printed: VQA's accuracy and times are as they are, the rest is 100 times a fraction."""
-    as_they_are = ("vqa.overall", "milliseconds", "speed-up", "picture", "reading", "together")
+    as_they_are = ("vqa.overall", "speed-up", *TIMES)
     return value if measure.startswith(as_they_are) else 100 * value
 
 
@@ -520,8 +583,8 @@ def markdown(result):
             text = f"{in_percent(measure, found['mean']):.1f}"
             if len(found["values"]) > 1:
                 text += f" ± {in_percent(measure, found['std']):.1f}"
-            if row["name"] != result["reference"] and measure in reference:
-                mark = compared(found, reference[measure])
+            if row["name"] != result["reference"] and measure in reference and not measure.startswith("blind_"):
+                mark = compared(found, reference[measure], measure in TIMES)
                 text += f" ({mark})" if mark else ""
             cells.append(text)
         for measure in heads:
@@ -542,14 +605,15 @@ def curves(table, runner):
         return [(points[0]["pictures"], statistics.fmean(p[key] for p in points))
                 for points in zip(*kept) if all(key in p for p in points)]
 
-    found = [(head, 100 if measure.startswith("vqa.overall") else 1,
-              [(name, line(*cells[measure])) for name, cells, _ in table.rows if measure in cells])
+    found = [(head, [(name, line(*cells[measure])) for name, cells, _ in table.rows if measure in cells])
              for measure, head in table.heads.items()]
     starts = {name: run.start for name, cells, _ in table.rows for run, _ in cells.values() if run.start}
     if len(set(starts.values())) > 1:
-        found += [(f"in pre-training: {head}", 1, [(name, line(run, f"val_{key}")) for name, run in starts.items()])
+        found += [(f"in pre-training: {head}", [(name, line(run, key)) for name, run in starts.items()])
                   for key, head in PRETRAINED.items()]
-    return [(head, top, lines) for head, top, lines in found if any(points for _, points in lines)]
+    largest = [max((y for _, points in lines for _, y in points), default=None) for _, lines in found]
+    return [(head, 1 if most <= 1 else 2 if most <= 2 else 100, lines)  # shares, CIDEr, and VQA's percent
+            for (head, lines), most in zip(found, largest) if most is not None]
 
 
 def page(result, drawn):
@@ -560,20 +624,24 @@ def page(result, drawn):
                    for row in rows)
     charts = "".join(chart(head, [(name, f"run{n % 8}", points) for n, (name, points) in enumerate(lines)], top=top,
                            unit="pictures seen") for head, top, lines in drawn)
-    return fill_page(result["title"], f"{summary(result)} {SIGNS}", (
+    return fill_page(result["title"], summary(result), (
         '<section><h2 id="table">Table</h2><div class="wide" tabindex="0" role="region" aria-label="table"><table>'
         "<thead><tr>" + "".join(f"<th scope=col>{cell}</th>" for cell in head) + f"</tr></thead><tbody>{body}</tbody>"
         f'</table></div></section><section><h2 id="curves">Curves, over what was seen</h2><div class="charts">{charts}'
         "</div></section>"), {"table": "Table", "curves": "Curves"})
 
 
-SIGNS = "(+) and (-): every seed is better, or worse, than every seed of the row compared with; else within the spread."
-
-
 def summary(result):
-    seeds = len(result["seeds"])
-    return (f"{seeds} seed{'s' * (seeds != 1)}, mean and standard deviation; {result['hours']:.1f} hours of training, "
-            f"{result['machine']}.")
+    """What a table's figures are, in a sentence or two."""
+    number = len(result["seeds"])
+    kind, hours = (("seed", f"{result['hours']:.1f} hours of training, ") if result["hours"] else ("repeat", ""))
+    text = f"{number} {kind}{'s' * (number != 1)}, mean and standard deviation; {hours}{result['machine']}."
+    if number > 1:
+        chance = 2 / math.comb(2 * number, number)
+        text += (f" (+), (-): all {number} are better, or worse, than all {number} of \"{result['reference']}\", else "
+                 "within the spread" + (f"; by chance alone {chance:.0%} of comparisons have a sign." if result["hours"]
+                                        else "."))
+    return f"{text} {result.get('note', '')}".strip()
 
 
 def draw_curves(path, drawn, title):
@@ -643,12 +711,11 @@ def stage_times(table, repeats, quick=False):
             for name, *_ in table.rows}
 
 
-def question_times(table, runner):
-    """Table 6's speed: {row: {"milliseconds", "speed-up"}} of one question about a picture, the sizes in turns."""
-    start = table.rows[0][1]["vqa.overall"][0].start
-    path = os.path.join(runner.folder(start, 0), "last.pt")
-    if not os.path.exists(path):
-        return {}
+def question_times(table, path):
+    """Table 6's speed: {row: {"milliseconds", "speed-up"}} of one question about a picture, the sizes in turns.
+
+    path: a checkpoint of the model.
+    """
     config = load_checkpoint(path)["config"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = E2EVLP(config).to(device).eval()
@@ -674,23 +741,32 @@ def make(number, args):
     table = plan.recipe(runner.costs(plan.ideas())) if number == "recipe" else getattr(plan, f"table_{number}")()
     stem = os.path.join(args.output, f"table{number}")
 
-    times = stage_times(table, args.seeds) if number == "4" else {}
+    def times():
+        """What was timed, or None: nothing is, or not yet. Kept, for the machine may be busy when it is asked again."""
+        path = os.path.join(args.output, f"times{number}.json")
+        model = os.path.join(runner.folder(plan.full(), 0), "last.pt")
+        if os.path.exists(path):
+            return parse_json(read_text(path, "a table's times"), path)
+        if number != "4" and not (number == "6" and os.path.exists(model)):
+            return None
+        rows = stage_times(table, args.seeds) if number == "4" else question_times(table, model)
+        found = {"commit": commit(), "machine": machine(), "rows": rows}
+        write_safely(path, json.dumps(found, indent=1) + "\n")
+        return found
 
-    def write():
+    def write(timed=None):
         result = {"table": int(number) if number.isdigit() else number, "title": table.title, "heads": table.heads,
-                  "reference": table.reference, "rows": gather(table, runner), "seeds": list(range(args.seeds))}
+                  "note": table.note, "reference": table.reference, "rows": gather(table, runner),
+                  "seeds": list(range(args.seeds))}
         kept = [found for run in table.runs() for seed in range(args.seeds) if (found := runner.read(run, seed))]
-        if number == "6":
-            times.update(question_times(table, runner))
+        if number == "6" and timed:
             result["heads"] = {**table.heads, "milliseconds": "ms a question", "speed-up": "speed-up"}
-            for row in result["rows"]:
-                row["measures"].update(times.get(row["name"], {}))
-        if number == "4":
-            for row in result["rows"]:
-                row["measures"] = times[row["name"]]
+        for row in result["rows"]:
+            row["measures"].update(timed["rows"][row["name"]] if timed else {})
+        whole = [*kept, timed] if timed else kept
         result.update({"command": shlex.join(["python", "tests/tables.py", *args.asked]),
-                       "commit": ", ".join(dict.fromkeys(found["commit"] for found in kept)),
-                       "machine": "; ".join(dict.fromkeys(found["machine"] for found in kept)),
+                       "commit": ", ".join(dict.fromkeys(found["commit"] for found in whole)),
+                       "machine": "; ".join(dict.fromkeys(found["machine"] for found in whole)),
                        "hours": round(sum(found["hours"] for found in kept), 2)})
         drawn = curves(table, runner)
         write_safely(f"{stem}.json", in_lines(result))
@@ -704,7 +780,7 @@ def make(number, args):
         write()
 
     runner.all(runner.missing(table.runs()), ended)
-    write()
+    write(times())
     print(read_text(f"{stem}.md", "a table"))
 
 

@@ -1,5 +1,6 @@
 """The command that makes the paper's tables: what it would run, what it writes, and that the README says the same."""
 
+import fcntl
 import glob
 import json
 import os
@@ -41,16 +42,16 @@ def test_what_table_3_would_run_on_real_data(capsys, monkeypatch, tmp_path):
     assert all(words[:2] == ["torchrun", "--nproc_per_node=8"] for words in found)
     runs = {(words[2], args.output): args for words in found
             for args in [flags(words[3:], words[2], monkeypatch)]}
-    stems = {"all": [], "no-captioning": ["caption"], "no-attributes": ["attributes"], "no-detection": ["detection"],
+    stems = {"r50-6": [], "no-captioning": ["caption"], "no-attributes": ["attributes"], "no-detection": ["detection"],
              "words-alone": ["detection", "caption"]}
     assert len(found) == len(runs) == 3 * len(stems)
     for name, without in stems.items():
-        args = runs["pretrain.py", f"{tmp_path}/pretrain-paper-{name}-seed0"]
+        args = runs["pretrain.py", f"{tmp_path}/pretrain-{name}-seed0"]
         # The paper's: 6 layers of encoder, ResNet-50, 32 pictures, 200 passes
         assert (args.without, args.backbone, args.encoder_layers, args.batch_size, args.epochs, args.data) == (
             without, "r50", 6, 32, 200, "DIR")
         for task in ("vqa", "nlvr2"):
-            tuned = runs["finetune.py", f"{tmp_path}/{task}-paper-{name}-seed0"]
+            tuned = runs["finetune.py", f"{tmp_path}/{task}-{name}-seed0"]
             assert (tuned.task, tuned.init, tuned.batch_size, tuned.epochs, tuned.decay) == (
                 task, f"{args.output}/last.pt", 32, 12, [6, 9])
     folders = [words[words.index("--output") + 1] for words in found]
@@ -83,6 +84,10 @@ def test_tables_share_their_runs(capsys, tmp_path):
     for number in ("1", "2", "3", "few", "5", "6", "7"):
         for words in commands(capsys, "--table", number, "--data", "DIR", "--seeds", "1"):
             assert real.setdefault(words[words.index("--output") + 1], words) == words
+    assert len(set(map(str, seen.values()))) == len(seen)  # and no run is trained twice under two names
+    without_folder = [[word for word in words if "runs/tables" not in word or word.endswith(".pt")]
+                      for words in real.values()]
+    assert len(set(map(str, without_folder))) == len(real)
 
 
 class Fork:
@@ -105,9 +110,8 @@ def forks(monkeypatch):
     """The list of the runs that were started."""
     started = []
 
-    def start(runner, run, seed):
+    def start(runner, run, seed, lock):
         started.append((run.name, seed))
-        os.makedirs(runner.folder(run, seed), exist_ok=True)
         return Fork(runner.words(run, seed), os.path.join(runner.folder(run, seed), "output.txt"))
 
     monkeypatch.setattr(tables.Runner, "start", start)
@@ -151,7 +155,27 @@ def test_a_table_is_made_and_its_runs_kept(world, tmp_path, forks, capsys):
     capsys.readouterr()
     words[words.index("16")] = "32"
     assert tables.main(["--table", "7", *words]) == 2
-    assert "is of a run with other flags" in capsys.readouterr().err
+    assert "pretrain-all-seed0.json: is of a run with other flags" in capsys.readouterr().err
+    # Nor is its checkpoint gone on with, or what is tuned from another pre-training believed
+    (tmp_path / "out/runs/pretrain-all-seed0.json").unlink()
+    assert tables.main(["--table", "7", *words]) == 2
+    assert "give another --output" in capsys.readouterr().err
+    words[words.index(f"{tmp_path}/out")] = f"{tmp_path}/out2"
+    forks.clear()
+    assert tables.main(["--table", "7", *words]) == 2 and not forks
+    assert "work/pretrain-all-seed0: is of a run with other flags" in capsys.readouterr().err
+
+
+def test_one_run_at_a_time_in_a_folder(world, tmp_path, forks, capsys):
+    words = words_for(world, tmp_path, "--seeds", "1", "--budget", "16", "--jobs", "1")
+    folder = tmp_path / "work/pretrain-all-seed0"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert tables.main(["--table", "7", *words]) == 2 and not forks
+        assert "another run is in it" in capsys.readouterr().err
+    (folder / "log.jsonl").write_text("")
+    assert tables.main(["--table", "7", *words]) == 2 and "unknown flags" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_with_its_last_words(world, tmp_path, forks, capsys):
@@ -184,6 +208,7 @@ def test_what_is_better_and_what_is_within_the_spread():
 
     assert tables.compared(of(3, 4, 5), of(0, 1, 2.9)) == "+" and tables.compared(of(0, 1), of(2, 3)) == "-"
     assert tables.compared(of(0, 1, 3), of(2, 3, 4)) == "" and tables.compared(of(9), of(1, 2)) == ""
+    assert tables.compared(of(3, 4, 5), of(0, 1, 2.9), smaller=True) == "-"
     assert of(1, 2, 3, 6) == {"mean": 3, "std": pytest.approx((14 / 3) ** 0.5), "values": [1, 2, 3, 6]}
 
 
@@ -235,6 +260,10 @@ def test_the_stages_of_a_question_are_timed(monkeypatch, tmp_path):
     assert len(rows) == 3 and [row["paper"]["together"] for row in rows] == [192, 201, 496]
     for row in rows:
         assert all(len(found["values"]) == 2 and found["mean"] > 0 for found in row["measures"].values())
+    said = (tmp_path / "table4.md").read_text()
+    monkeypatch.setattr(tables, "stage_times", None)  # they are kept
+    assert tables.main(["--table", "4", "--seeds", "2", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "table4.md").read_text() == said
 
 
 @pytest.mark.parametrize("words, says", [
