@@ -1600,8 +1600,13 @@ def attempt(function, world):
         if not str(error).startswith("DataLoader worker"):
             raise
         problem = "a loader process was killed, most often for want of memory; give fewer --workers"
-    for text in filter(None, gathered(problem, world)):
-        raise InputError(text)
+        if "shared memory" in str(error):
+            problem = "/dev/shm is full, where loader processes leave batches; give fewer --workers, or to docker " \
+                      "--shm-size=16g"
+    # Mostly there is none, which costs one number; texts take several transfers
+    device = "cuda" if world > 1 and dist.get_backend() == "nccl" else "cpu"
+    if summed([problem is not None], world, device)[0]:
+        raise InputError(next(filter(None, gathered(problem, world))))
     return result
 
 

@@ -85,7 +85,8 @@ from pretrain import (
 
 # What a checkpoint's weights fix; dropout has none, so a fine-tuning may choose its own
 FIXED = [flag for flag in MODEL_FLAGS if flag != "dropout"]
-# Section 5.1, where it gives them (no epochs for captioning; of detection nothing); decay: the epochs after which the rates are multiplied by 0.1
+# Section 5.1 where it gives them: no epochs for captioning, nothing for detection; decay: the epochs after which the
+# rates are multiplied by 0.1
 DEFAULTS = {"vqa": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             "nlvr2": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
             "caption": dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9]),
@@ -392,9 +393,13 @@ def train(args, state, stop):
                 best = load_checkpoint(f"{args.output}/best.pt")["best"]
             except InputError as error:
                 say(f"{error}; it will be written anew")
+    if state is not None:
+        for key in ("model", "optimizer"):  # of the largest model a gigabyte a process
+            state.pop(key, None)
     objective = Objective(model, args)
     if world > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True,
+                                            broadcast_buffers=not config.frozen_batch_norm)
 
     trainset = TaskSet(args.task, examples, tokenizer, answers, short_sides=args.short_sides, long_side=args.long_side,
                        text=args.text, sentences_per_picture=args.sentences_per_picture, most=args.train_examples,

@@ -96,7 +96,7 @@ def hungarian_match(logits, boxes, targets):
             queries, objects = linear_sum_assignment(cost[layer, b, :, :n])
             rows += [(layer, b, q, before + o) for q, o in zip(queries.tolist(), objects.tolist())]
             before += n
-    return tuple(torch.tensor(rows, dtype=torch.long).view(-1, 4).to(device).unbind(1))
+    return tuple(torch.tensor(rows, dtype=torch.long).view(-1, 4).to(device, non_blocking=True).unbind(1))
 
 
 def count(targets, queries):
@@ -145,8 +145,9 @@ def set_loss(outputs, targets, counts=None):
         if not pictures:
             continue
         own = [targets[b] for b in pictures]
-        logits = full_precision(all_logits[:, pictures])  # (L, b, Q, C + 1)
-        layer, picture, query, row = hungarian_match(logits, boxes[:, pictures], own)
+        of = torch.tensor(pictures).to(device, non_blocking=True)
+        logits = full_precision(all_logits[:, of])  # (L, b, Q, C + 1)
+        layer, picture, query, row = hungarian_match(logits, boxes[:, of], own)
         labels = torch.cat([t["labels"] for t in own])
         none = logits.shape[-1] - 1
         classes = torch.full(logits.shape[:3], none, device=device)
@@ -158,7 +159,7 @@ def set_loss(outputs, targets, counts=None):
                                                   reduction="sum") / class_weight
         # Here the boxes' gradient begins: the matching only says which boxes to pick, and a picked box is compared with
         # its object below. A box without a partner gets no gradient; its query learns "no object" by its class alone.
-        at = torch.tensor(pictures, device=device)[picture]
+        at = of[picture]
         found.append(boxes[layer, at, query])
         wanted.append(torch.cat([t["boxes"] for t in own])[row].to(boxes.dtype))
         if source == "vg":

@@ -21,6 +21,7 @@ opposite of nn.MultiheadAttention's key_padding_mask and of DETR's NestedTensor.
 """
 
 import argparse
+import fcntl
 import hashlib
 import math
 import os
@@ -36,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command, is_usable
+from matcher import full_precision
 
 TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
@@ -82,15 +84,26 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     """Batch norm with fixed statistics: a process's few large pictures are too small a sample to measure new ones.
 
     It holds torchvision's tensors and does nothing itself: the convolution before it does its work, see FoldedConv.
+    Frozen batch norm is x * scale + shift, both (C,), which are computed whenever its tensors change.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(lambda norm, _: norm.fold())
+        self.fold()
 
     def forward(self, x):
         return x
 
-    def scale_and_shift(self):
-        """(C,), (C,): frozen batch norm is x * scale + shift."""
+    def fold(self):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", self.bias - self.running_mean * scale, persistent=False)
+
+    def _apply(self, *args, **kwargs):  # another device, another precision
+        super()._apply(*args, **kwargs)
+        self.fold()
+        return self
 
 
 class FoldedConv(nn.Conv2d):
@@ -98,7 +111,7 @@ class FoldedConv(nn.Conv2d):
     with a scale for each output channel.
 
     So the few weights are multiplied instead of the many pixels, which spares two passes over the largest tensors of
-    the whole model. It is done anew each time, since the weights learn; they keep torchvision's names and values.
+    the whole model. It is done at each step, since the weights learn; they keep torchvision's names and values.
     """
 
     def __init__(self, conv, norm):
@@ -108,8 +121,8 @@ class FoldedConv(nn.Conv2d):
         self.norm = [norm]  # in a list, so that it stays the ResNet's alone, with its one name in checkpoints
 
     def forward(self, x):
-        scale, shift = self.norm[0].scale_and_shift()
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        norm = self.norm[0]
+        return self._conv_forward(x, self.weight * norm.scale[:, None, None, None], norm.shift)
 
 
 def run(module, *inputs, recompute=False, **more):
@@ -121,6 +134,7 @@ def run(module, *inputs, recompute=False, **more):
     return module(*inputs, **more)
 
 
+@torch.compiler.disable
 def is_padded(images, sizes):
     """Is any of the pictures smaller than the tensor? Where sizes stay on the host this waits for no device."""
     return any(size != list(images.shape[-2:]) for size in sizes.tolist())
@@ -163,14 +177,16 @@ class Backbone(nn.Module):
         # border into the picture, so a picture's result would depend on what it was batched with. Setting the padding
         # back to zero before each layer that looks at its neighbours makes it equal to the border that the picture
         # would have alone. 1x1 convolutions look at nobody and need nothing.
-        self._masks = None
+        self._masks, level = None, 0  # level: how often the sides have been halved before a layer
         for module in resnet.modules():
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size not in (1, (1, 1)):
+                module.level = level
                 module.register_forward_pre_hook(self._zero_the_padding)
+                level += module.stride in (2, (2, 2))
 
     def _zero_the_padding(self, module, inputs):
         if self._masks is not None:
-            return inputs[0] * self._masks[inputs[0].shape[-2:]].to(inputs[0].dtype)
+            return inputs[0] * self._masks[module.level].to(inputs[0].dtype)
 
     def forward(self, images, sizes, recompute=False):
         """images (B, 3, H0, W0) uint8 RGB padded right and below; sizes (B, 2) int64: the true height and width;
@@ -179,16 +195,16 @@ class Backbone(nn.Module):
         Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is picture.
         """
         H0, W0 = images.shape[-2:]
-        padded, sizes = is_padded(images, sizes), sizes.to(images.device)
+        padded, sizes = is_padded(images, sizes), sizes.to(images.device, non_blocking=True)
         rows = torch.arange(H0, device=images.device)[None, :, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=images.device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
         mask = rows & columns                                                                      # (B, H0, W0)
         x = ((images.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        levels = {mask.shape[-2:]: mask[:, None].to(x.dtype)}
+        levels = [mask[:, None].to(x.dtype)]
         for _ in range(5 if self.resnet.layer4 is not None else 4):
             # A layer of stride 2 gives ceil(h / 2) rows for h: exactly the rows 0, 2, 4 ... of the mask.
             mask = mask[:, ::2, ::2]
-            levels[mask.shape[-2:]] = mask[:, None].to(x.dtype)
+            levels.append(mask[:, None].to(x.dtype))
         self._masks = masks = levels if padded else None  # a batch without padding pays nothing
 
         def masked(block, x):
@@ -218,7 +234,10 @@ class Backbone(nn.Module):
             try:
                 if not os.path.exists(place):
                     os.makedirs(os.path.dirname(place), exist_ok=True)
-                    torch.hub.download_url_to_file(weights.url, place, start_of_hash, progress=False)
+                    with open(f"{place}.lock", "w") as lock:  # one of a host's processes downloads, the others wait
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                        if not os.path.exists(place):
+                            torch.hub.download_url_to_file(weights.url, place, start_of_hash, progress=False)
                 with open(place, "rb") as file:
                     digest = hashlib.sha256(file.read()).hexdigest()
             except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
@@ -537,8 +556,11 @@ class E2EVLP(nn.Module):
         x = self.decode_objects(memory)
         # All layers share their heads: each says the same kind of thing, and the next may refine it. A box is given
         # itself, not as a shift of an anchor; the sigmoid keeps its centre and size between 0 and 1.
-        return {"logits": {name: head(x) for name, head in self.classes.items()},
-                "boxes": self.box(x).float().sigmoid(), "attributes": self.attribute(x)}
+        # In float32 throughout: bf16 has so few digits that a box's edges would be up to a pixel off.
+        with torch.autocast(x.device.type, enabled=False):
+            boxes = self.box(full_precision(x)).sigmoid()
+        return {"logits": {name: head(x) for name, head in self.classes.items()}, "boxes": boxes,
+                "attributes": self.attribute(x)}
 
     def contrast(self, grid, batch):
         """(loss, similarities (B, B * K)) of each picture alone with each of the batch's captions alone."""

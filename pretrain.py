@@ -653,8 +653,10 @@ def train(args, state, stop):
         load_optimizer(optimizer, state["optimizer"], f"--resume {args.resume}")
         step, spent = state["step"], state["seconds"]
     # DDP adds up the gradients in buckets while the backward pass still runs; views: they lie there and nowhere else
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped = model if world == 1 else DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=not config.frozen_batch_norm)
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and fails once shapes are dynamic
         wrapped = torch.compile(wrapped)
 
     # With --ema a moving average is measured and kept beside what learns
@@ -663,6 +665,9 @@ def train(args, state, stop):
     if average is not None and state is not None:
         measured.load_state_dict(state["model"])
         average.n_averaged.fill_(step)
+    if state is not None:
+        for key in ("model", "raw", "optimizer"):  # of the largest model more than a gigabyte a process
+            state.pop(key, None)
 
     # Batches
     trainset = PretrainingSet(data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,

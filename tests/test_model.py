@@ -189,8 +189,11 @@ def test_a_channel_without_variance_is_scaled_as_torchvision_does():
     theirs.running_var.copy_(torch.tensor([0.0, 1e-12, 1e-5, 1.0]))
     theirs.running_mean.normal_()
     ours.load_state_dict(theirs.state_dict())
-    x, (scale, shift) = torch.randn(2, 4, 3, 3), ours.scale_and_shift()
-    torch.testing.assert_close(x * scale[:, None, None] + shift[:, None, None], theirs(x))
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(x * ours.scale[:, None, None] + ours.shift[:, None, None], theirs(x))
+    ours.double(), theirs.double()
+    torch.testing.assert_close(x.double() * ours.scale[:, None, None] + ours.shift[:, None, None], theirs(x.double()))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
 def test_backbone_equals_torchvisions(tmp_path):
@@ -228,7 +231,7 @@ def test_every_frozen_norm_is_folded_and_keeps_torchvisions_names(name):
                 if not k.startswith("fc.") and "num_batches" not in k}
     assert {k: v.shape for k, v in backbone.resnet.state_dict().items()} == expected
     twin = copy.deepcopy(backbone)  # a copy's convolutions have the copy's norms
-    twin.resnet.bn1.bias.fill_(7.0)
+    twin.resnet.bn1.load_state_dict({**twin.resnet.bn1.state_dict(), "bias": torch.full((64,), 7.0)})
     image, size = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]])
     assert not torch.allclose(twin(image, size)[0], backbone(image, size)[0])
 

@@ -258,6 +258,15 @@ def finite(losses, gradients):
     assert gradients and all(torch.isfinite(g).all() for g in gradients.values())
 
 
+@torch.no_grad()
+def test_boxes_are_computed_in_float32_with_amp_too():
+    model, batch = small_model(), small_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = model.encode(model.encode_picture(batch["images"], batch["sizes"]))
+        states, boxes = model.decode_objects(memory), model.detect(memory)["boxes"]
+    torch.testing.assert_close(boxes, model.box(states.float()).sigmoid(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bf16"])
 @pytest.mark.parametrize("task", ["", *TASKS])
 def test_logits_of_ten_thousand(task, kind):

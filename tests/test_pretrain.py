@@ -287,6 +287,22 @@ def test_the_model_can_be_traced_for_compilation():
             torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_compilation_does_not_begin_again_with_each_shape():
+    """Of a long training's pictures hardly two batches have the same size."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    traced, numbers = torch.compile(small_model(frozen_batch_norm=True).train(), backend=count), []
+    for n in range(6):
+        traced(small_batch(sizes=[(40 + 13 * n, 90 - 7 * n), (50 + 9 * n, 41 + 5 * n)], T=6 + n))
+        numbers.append(len(graphs))
+    assert numbers[-1] == numbers[2] > 0, numbers
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Full size
 
