@@ -66,8 +66,6 @@ class Config:
     temperature: float = 10000.0    # longest wavelength of the picture's sine positions, in widths of the picture
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # label set -> classes, without no-object
     attributes: int = 400
-    query_groups: int = 1           # sets of queries, each of which finds all objects in training; one is used after it
-    contrastive: bool = False       # picture and sentence have encodings of their own, to be compared
     task: str = ""                  # what it was fine-tuned for: one of TASKS, "" after pre-training
     answers: int = 0                # VQA: size of the list of answers
     pad: int = 0                    # word pieces with a meaning of their own; their numbers depend on the vocabulary
@@ -381,7 +379,7 @@ class DecoderLayer(nn.Module):
         return self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
 
     def forward(self, x, query_positions, memory, causal=False, cache=None):
-        """x (B, T, D); query_positions (B, T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
+        """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict while generating."""
         # Each side has positions of its own, again for queries and keys only: query_positions (learned for object
         # queries, 0 for words, whose embedding has them) here and in cross-attention's queries, the grid's in its keys.
         where = x + query_positions
@@ -438,8 +436,9 @@ class E2EVLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.hard_negatives = self.cells = False  # beyond the paper; pretrain.py sets them (--hard-negatives, --cells)
-        self.recompute = False  # a training's own choice (--activation-checkpointing), see `run`
+        # A training's own choices
+        self.cells = False      # --cells, see `cells_of`
+        self.recompute = False  # --activation-checkpointing, see `run`
         self.backbone = Backbone(c)
         self.sentence = SentenceEmbedding(c)
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
@@ -448,10 +447,7 @@ class E2EVLP(nn.Module):
         # makes one ask "what is large and left of the middle?", another "what small thing is at the top?". The vectors
         # are parameters like all others, the same for each picture; nn.Embedding only holds them, nothing is looked up.
         # There are far more of them than objects (COCO has 7 in a picture on average), so each can have its speciality.
-        self.query_positions = nn.Embedding(c.query_groups * c.queries, c.width)
-        if c.contrastive:
-            self.common = nn.ModuleDict({name: nn.Linear(c.width, c.width) for name in ("picture", "sentence")})
-            self.contrast_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.query_positions = nn.Embedding(c.queries, c.width)
         # Heads of the encoder (section 3.1.2)
         self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width))
         self.mlm_bias = nn.Parameter(torch.zeros(c.vocabulary))  # the matrix is the token embedding: "tied"
@@ -534,17 +530,13 @@ class E2EVLP(nn.Module):
 
     def decode_objects(self, memory):
         """Detection: (L, B, Q, D), the output after each of the L layers, for auxiliary losses."""
-        B = memory.states.shape[0]
         # Why zero targets? A query starts with no content at all, only with its position; what it is about comes from
         # the encoding by cross-attention. (DETR names these zeros `tgt`.) Until then, in the first layer's
         # self-attention, the values of all queries are alike: it has nothing to tell yet.
-        groups, Q = self.config.query_groups if self.training else 1, self.config.queries
-        x = memory.states.new_zeros(B * groups, Q, self.config.width)
-        positions = self.query_positions.weight[:groups * Q].view(groups, Q, -1).repeat(B, 1, 1)  # (B * groups, Q, D)
-        memory = memory.repeat(groups)
+        x = memory.states.new_zeros(len(memory.states), self.config.queries, self.config.width)
         outputs = []
         for layer in self.decoder:
-            x = run(layer, x, positions, memory, recompute=self.recompute)
+            x = run(layer, x, self.query_positions.weight, memory, recompute=self.recompute)
             outputs.append(x)
         return torch.stack(outputs)
 
@@ -561,37 +553,6 @@ class E2EVLP(nn.Module):
             boxes = self.box(full_precision(x)).sigmoid()
         return {"logits": {name: head(x) for name, head in self.classes.items()}, "boxes": boxes,
                 "attributes": self.attribute(x)}
-
-    def contrast(self, grid, batch):
-        """(loss, similarities (B, B * K)) of each picture alone with each of the batch's captions alone."""
-        captions = batch["captions"].flatten(0, 1)
-        B, K = batch["captions"].shape[:2]
-        alone = self.encode(grid)
-        there = torch.ones_like(alone.states[..., :1]) if alone.mask is None else alone.mask[..., None].float()
-        pictures = self.common["picture"]((alone.states * there).sum(1) / there.sum(1))
-        nothing = grid.repeat(K)
-        nothing = Memory(nothing.states[:, :0], nothing.positions[:, :0], None)
-        sentences = self.common["sentence"](self.read(nothing, captions))
-        scores = F.normalize(pictures.float(), dim=-1) @ F.normalize(sentences.float(), dim=-1).T
-        scores = scores * self.contrast_scale.exp()
-        own = torch.arange(B * K, device=scores.device)
-        right = scores.log_softmax(0)[own // K, own].mean() + scores.log_softmax(1)[own // K, own].mean()
-        return -right / 2, scores
-
-    @torch.no_grad()
-    def with_hard_negatives(self, batch, scores):
-        """tokens (B, K, T): half of the wrong sentences become such of the batch as the contrast takes for right."""
-        (B, K, T), pad, device = batch["tokens"].shape, self.config.pad, scores.device
-        captions = batch["captions"].flatten(0, 1)
-        own = torch.arange(B * K, device=device) // K == torch.arange(B, device=device)[:, None]
-        wrong = captions[torch.multinomial(scores.masked_fill(own, -1e4).softmax(-1), K)]  # (B, K, Tc)
-        special = torch.tensor([pad, self.config.cls, self.config.sep], device=device)
-        hidden = (torch.rand(wrong.shape, device=device) < 0.15) & ~torch.isin(wrong, special)
-        wrong = wrong.masked_fill(hidden, self.config.mask)
-        longest = max(T, wrong.shape[2])
-        tokens, wrong = (F.pad(t, (0, longest - t.shape[2]), value=pad) for t in (batch["tokens"], wrong))
-        chosen = (batch["itm_labels"] == 0) & (torch.rand(B, K, device=device) < 0.5)
-        return torch.where(chosen[..., None], wrong, tokens)
 
     def decode_caption(self, memory, tokens, caches=None, start=0):
         """Caption logits (B, T, V) for the word after each of tokens (B, T), which begin with [CLS] (Eq. 2).
@@ -612,18 +573,14 @@ class E2EVLP(nn.Module):
 
         batch (see data.collate): images, sizes, tokens (B, K, T), mlm_places (M,), captions (B, K, Tc),
         no_sentence (B,). K sentences share one pass of the backbone, by far the greater part of the cost.
-        Returns mlm (M, V) for the M chosen words, itm (B * K, 2), objects (see `detect`), caption (B * K, Tc - 1, V).
+        Returns mlm (M, V) for the M chosen words, itm (B * K, 2), objects (see `detect`), caption (B * K, Tc - 1, V);
+        with --cells, for which batch has targets too, cells (N, V) for the N objects.
         """
         B, K, T = batch["tokens"].shape
         grid = self.encode_picture(batch["images"], batch["sizes"])
-        tokens, contrast = batch["tokens"], {}
-        if self.config.contrastive:
-            contrast["contrastive"], scores = self.contrast(grid, batch)
-            tokens = self.with_hard_negatives(batch, scores) if self.hard_negatives else tokens
         # Pass 1: the picture with each of its K sentences, for MLM and ITM
-        joint = self.encode(grid.repeat(K), tokens.flatten(0, 1))                 # B * K sequences
+        joint = self.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))        # B * K sequences
         chosen = joint.states[batch["mlm_places"] // T, batch["mlm_places"] % T]  # (M, D): only words to be guessed
-        T = tokens.shape[2]  # hard negatives may have made it longer
         mlm = self.guess_words(chosen)
         itm = self.itm(joint.states[:, 0])                                        # from [CLS]
         # Pass 2: the picture alone, for the caption
@@ -640,7 +597,7 @@ class E2EVLP(nn.Module):
         mask = torch.cat([mask[:, :T] & ~skip, mask[:, T:]], dim=1)
         positions = joint.positions.unflatten(0, (B, K))[:, 0]
         objects = self.detect(Memory(torch.cat([first[:, :T], cells], dim=1), positions, mask))
-        out = {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption, **contrast}
+        out = {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption}
         if self.cells:  # beyond the paper, see pretrain.cell_loss
             out["cells"] = self.guess_words(self.cells_of(grid, batch))
         return out

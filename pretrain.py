@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -200,16 +199,8 @@ def parse(argv):
     g.add_argument("--mask-share", type=float, default=0.15, metavar="SHARE", help="share of the words hidden for MLM")
     g.add_argument("--mask-named", type=float, metavar="SHARE",
                    help="the same of words that name an object or attribute of the label sets (default: --mask-share)")
-    g.add_argument("--query-groups", type=int, default=1, metavar="N",
-                   help="sets of queries, each of which finds all objects in training")
     g.add_argument("--cells", type=float, default=0, metavar="WEIGHT",
                    help="loss that asks the grid's cell at an object's centre for the object's words; 0: none")
-    g.add_argument("--contrastive", type=float, default=0, metavar="WEIGHT",
-                   help="loss between the encodings of picture alone and sentence alone")
-    g.add_argument("--hard-negatives", action="store_true",
-                   help="with --contrastive: half of ITM's wrong sentences are those that it takes for right")
-    g.add_argument("--ema", type=float, default=0, metavar="DECAY",
-                   help="measure and keep a moving average of the weights, which keeps this share each step")
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures a step, over all processes")
     g.add_argument("--epochs", type=float, default=200, metavar="N", help="passes over the distinct pictures")
@@ -248,8 +239,7 @@ def parse(argv):
     args.resume = path
     args.words = sys.argv[1:] if argv is None else list(argv)  # for the report
     if state is not None:
-        for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay",
-                     "query_groups", "contrastive", "ema"):
+        for flag in (*MODEL_FLAGS, "backbone_weights", "vocab", "sets", "seed", "batch_size", "weight_decay"):
             if getattr(args, flag) != state["args"].get(flag, parser.get_default(flag)):
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
                                  f"{state['args'].get(flag)}; leave the flag away")
@@ -261,17 +251,17 @@ def parse(argv):
 # Bounds of flags, for fine-tuning too: more than 0, 0 or more, from 0 to 1
 POSITIVE = ("batch_size", "sentences_per_picture", "queries", "epochs", "width", "heads", "feed_forward", "temperature",
             "encoder_layers", "decoder_layers", "log_every", "val_pictures", "long_side", "negatives", "gamma", "clip",
-            "query_groups", "gpus", "gpu_memory", "gpu_tflops", "timeout")
+            "gpus", "gpu_memory", "gpu_tflops", "timeout")
 NOT_NEGATIVE = ("micro_batch", "workers", "steps", "minutes", "lr", "lr_backbone", "lr_head", "warmup", "weight_decay",
                 "max_broken", "max_bad_steps", "checkpoint_minutes", "val_every", "val_examples", "train_examples",
-                "margin", "seed", "cells", "contrastive")
-SHARES = ("dropout", "label_smoothing", "without_sentence", "mask_share", "mask_named", "ema")
+                "margin", "seed", "cells")
+SHARES = ("dropout", "label_smoothing", "without_sentence", "mask_share", "mask_named")
 
 
 # The most that makes any sense; beyond it memory is full or numbers overflow, far from the flag that was mistyped
 MOST = {"batch_size": 10 ** 6, "sentences_per_picture": 1000, "workers": 1000, "long_side": 10_000, "seed": 2 ** 62,
         "negatives": 10 ** 6, "val_pictures": 10 ** 9, "encoder_layers": 1000, "decoder_layers": 1000, "steps": 10 ** 9,
-        **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16), "query_groups": 1000,
+        **dict.fromkeys(("width", "heads", "feed_forward", "queries"), 2 ** 16),
         **dict.fromkeys(("lr", "lr_backbone", "lr_head", "weight_decay", "gamma", "margin"), 1e38)}
 
 
@@ -302,7 +292,6 @@ def config_of(args, tokenizer, names, **more):
         **{flag: getattr(args, flag) for flag in MODEL_FLAGS}, frozen_batch_norm=args.backbone_weights != "none",
         vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens,
         classes={name: len(names[name]) for name in ("coco", "vg") if names[name]},
-        query_groups=getattr(args, "query_groups", 1), contrastive=getattr(args, "contrastive", 0) > 0,
         attributes=max(1, len(names["attributes"])), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
         mask=tokenizer.mask, **more)
 
@@ -453,12 +442,7 @@ def counts_of(batch, args):
     """
     mlm, itm = len(batch["mlm_places"]), batch["itm_labels"].numel()
     words = (batch["captions"][..., 1:] != args.pad).sum()
-    return [float(mlm), float(itm), float(words), *count(grouped(batch, args), args.queries).tolist()]
-
-
-def grouped(batch, args):
-    """The targets for each group of queries: what --query-groups adds to a picture."""
-    return [target for target in batch["targets"] for _ in range(args.query_groups)]
+    return [float(mlm), float(itm), float(words), *count(batch["targets"], args.queries).tolist()]
 
 
 def losses(outputs, batch, counts, args):
@@ -470,10 +454,8 @@ def losses(outputs, batch, counts, args):
         "loss_itm": F.cross_entropy(outputs["itm"].float(), batch["itm_labels"].flatten(), reduction="sum") / itm,
         "loss_caption": F.cross_entropy(outputs["caption"].float().flatten(0, 1), words, ignore_index=args.pad,
                                         reduction="sum") / caption,
-        **set_loss(outputs["objects"], grouped(batch, args), counts=torch.tensor(counts[3:])),
-        **({"loss_contrastive": outputs["contrastive"]} if "contrastive" in outputs else {}),
-        **({"loss_cell": cell_loss(outputs["cells"], batch["targets"], counts[3] / args.query_groups)}
-           if "cells" in outputs else {}),
+        **set_loss(outputs["objects"], batch["targets"], counts=torch.tensor(counts[3:])),
+        **({"loss_cell": cell_loss(outputs["cells"], batch["targets"], counts[3])} if "cells" in outputs else {}),
     }
 
 
@@ -499,7 +481,7 @@ def cell_loss(logits, targets, boxes):
     return total / max(boxes, 1)
 
 
-def weights_of(without, changed=(), cells=0.0, contrastive=0.0):
+def weights_of(without, changed=(), cells=0.0):
     """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v); changed: ["mlm=3", ...]."""
     weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
     known = [name[5:] for name in weights]
@@ -514,8 +496,6 @@ def weights_of(without, changed=(), cells=0.0, contrastive=0.0):
         weights[f"loss_{name}"] = value
     if cells:
         weights.update(loss_cell=cells)
-    if contrastive:
-        weights.update(loss_contrastive=contrastive)
     off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"], "attributes": ["loss_attribute"],
            "detection": [*LOSS_WEIGHTS, "loss_cell"]}  # without objects there is nothing to have attributes
     for task in without:
@@ -632,7 +612,7 @@ def train(args, state, stop):
         torch.manual_seed(args.seed)  # the same weights in each process
         model = E2EVLP(state["config"] if state else config_of(args, tokenizer, names))
         if state is not None:
-            model.load_state_dict(state.get("raw", state["model"]))
+            model.load_state_dict(state["model"])
         elif args.backbone_weights != "none":
             model.backbone.load_weights(args.backbone_weights)
         return data, decodable(data["val"][:args.val_pictures], say), tokenizer, model
@@ -659,14 +639,8 @@ def train(args, state, stop):
         torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and fails once shapes are dynamic
         wrapped = torch.compile(wrapped)
 
-    # With --ema a moving average is measured and kept beside what learns
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
-    measured = model if average is None else average.module
-    if average is not None and state is not None:
-        measured.load_state_dict(state["model"])
-        average.n_averaged.fill_(step)
     if state is not None:
-        for key in ("model", "raw", "optimizer"):  # of the largest model more than a gigabyte a process
+        for key in ("model", "optimizer"):  # of the largest model more than a gigabyte a process
             state.pop(key, None)
 
     # Batches
@@ -701,7 +675,7 @@ def train(args, state, stop):
 
     # The run
     output = Output(args, state, rank, world, stop, say)
-    weights = weights_of(args.without, args.loss_weights, args.cells, args.contrastive)
+    weights = weights_of(args.without, args.loss_weights, args.cells)
     broken, bad_steps = (set(state.get("broken", ())), state.get("bad_steps", 0)) if state else (set(), 0)
     kept = {k: v for k, v in vars(args).items() if k not in ("resume", "pad", "words")}
     facts = run_facts("pretrain.py", "pre-training", args, config, world, state is not None)
@@ -709,8 +683,7 @@ def train(args, state, stop):
         write_report(args.output, facts)  # a run that is stopped before its first validation has one too
 
     def save(ended=False):
-        raw = {} if average is None else {"raw": model.state_dict()}  # what the optimiser goes on with
-        output.save(measured, tokenizer, names, step, **raw, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
+        output.save(model, tokenizer, names, step, args=kept, optimizer=optimizer.state_dict(), seconds=spent,
                     validation_due=due, broken=sorted(broken), bad_steps=bad_steps, ended=ended)
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
@@ -720,26 +693,26 @@ def train(args, state, stop):
         if stop.saved != (step, output.last):
             save()  # first of all: what goes wrong below loses no training, and Ctrl-C need not wait for the end
         stop.release()
-        share_statistics(measured, world)
+        share_statistics(model, world)
         measures = {}
         if val:
             bar.set_description("validating")
             if bar.disable:
                 say(f"step {step}/{bar.total}  validating on {len(val)} pictures")
-            measures = measure_with_blind(measured, tokenizer, names, val, batch_size=share // parts,
+            measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
                                           amp=args.amp == "bf16", rank=rank, world=world, **size)
             output.log({"step": step, "epoch": step / batches.per_epoch, **measures})
             bar.set_description()
         if rank == 0:
             write_report(args.output, facts, pretrained_gallery(
-                measured, tokenizer, names, val, amp=args.amp == "bf16", without=args.without, **size) if val else None)
+                model, tokenizer, names, val, amp=args.amp == "bf16", without=args.without, **size) if val else None)
         due = False
         model.train()
         stop.hold()
         return measures
 
     statistics = Statistics(model)
-    model.hard_negatives, model.cells = args.hard_negatives, args.cells > 0
+    model.cells = args.cells > 0
     model.train()
     iterator = iter(loader)
     bar = tqdm(total=steps, initial=step, disable=None if rank == 0 else True, unit="step")
@@ -799,8 +772,6 @@ def train(args, state, stop):
         finite = bool(torch.isfinite(norm))  # the same in each process: it is the norm of the sum over all
         if finite:
             optimizer.step()
-            if average is not None:
-                average.update_parameters(model)
         else:
             statistics.restore()
             bad_steps += 1
@@ -843,7 +814,7 @@ def train(args, state, stop):
     measures = validate()
     if rank == 0 and val:
         sheet = os.path.join(args.output, "sheet.png")
-        draw_sheet(sheet, measured, tokenizer, names, val[:12], without=args.without, **size)
+        draw_sheet(sheet, model, tokenizer, names, val[:12], without=args.without, **size)
     save(ended=True)
     stop.release()
     bar.close()

@@ -829,7 +829,7 @@ def pretraining_batch(args, config, batch=2, height=800, width=1333, words=14):
 
 def all_losses(model, batch):
     """The weighted sum of pre-training's losses, as pretrain.py has it."""
-    flags = SimpleNamespace(pad=model.config.pad, queries=model.config.queries, query_groups=1)
+    flags = SimpleNamespace(pad=model.config.pad, queries=model.config.queries)
     named, weights = losses(model(batch), batch, counts_of(batch, flags), flags), weights_of([])
     return sum(weights[name] * value for name, value in named.items())
 

@@ -64,7 +64,7 @@ def seeded_model(task="", seed=0, **changes):
 def step(model, batch, task="", amp=False):
     """(outputs, losses, gradients) of one step as the training scripts take it."""
     args = types.SimpleNamespace(task=task, text="caption", negatives=2, margin=0.25, gamma=32.0, label_smoothing=0.1,
-                                 pad=0, queries=model.config.queries, query_groups=1)
+                                 pad=0, queries=model.config.queries)
     outputs = {}
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         if task:

@@ -202,6 +202,18 @@ def test_stopped_and_gone_on(world, tmp_path):
     assert "stopped at step" in said and (log.parent / "last.pt").exists()
 
 
+def test_what_was_tried_is_not_run_again_but_keeps_its_row(tmp_path):
+    args = tables.parse(["--table", "recipe", "--mini", "--seeds", "1", "--output", str(tmp_path)])
+    runner, table = tables.Runner(args), tables.Plan(args).recipe({})
+    assert not any(run.gone for run, _ in runner.missing(table.runs()))
+    assert not set(tables.TRIED) & {row["name"] for row in tables.gather(table, runner)}
+    run, = [run for run in table.runs() if run.name == "pretrain-recipe-3-groups-of-queries"]
+    (tmp_path / "runs" / f"{run.name}-seed0.json").write_text(json.dumps(
+        {"flags": list(run.words), "curve": [dict.fromkeys(tables.PRETRAINED, 0.5)]}))
+    rows = {row["name"]: row["measures"] for row in tables.gather(table, runner)}
+    assert rows["3 groups of queries"]["val_AP50"]["values"] == [0.5] and "moving average of the weights" not in rows
+
+
 def test_what_is_better_and_what_is_within_the_spread():
     def of(*values):
         return tables.spread(list(values))

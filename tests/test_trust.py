@@ -28,8 +28,7 @@ from model import check_sums, load_checkpoint, save_checkpoint
 
 # What is drawn, is drawn again; and what is kept beside the model is kept
 SCHEDULE = ["--schedule", "step", "--dropout", "0.1", "--short-sides", "48", "64", "--cells", "2", "--mask-share",
-            "0.3", "--mask-named", "0.5", "--query-groups", "2", "--contrastive", "1", "--hard-negatives", "--ema",
-            "0.9"]
+            "0.3", "--mask-named", "0.5"]
 
 
 def log(folder):
