@@ -27,6 +27,11 @@ def full_precision(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def moved(x, device):
+    """A small tensor of the host on the device, without waiting for what the device still has to do (CUDA only)."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def box_cxcywh_to_xyxy(boxes):
     """(..., 4) centre and size -> corners."""
     cx, cy, w, h = boxes.unbind(-1)
@@ -96,7 +101,7 @@ def hungarian_match(logits, boxes, targets):
             queries, objects = linear_sum_assignment(cost[layer, b, :, :n])
             rows += [(layer, b, q, before + o) for q, o in zip(queries.tolist(), objects.tolist())]
             before += n
-    return tuple(torch.tensor(rows, dtype=torch.long).view(-1, 4).to(device, non_blocking=True).unbind(1))
+    return tuple(moved(torch.tensor(rows, dtype=torch.long).view(-1, 4), device).unbind(1))
 
 
 def count(targets, queries):
@@ -145,7 +150,7 @@ def set_loss(outputs, targets, counts=None):
         if not pictures:
             continue
         own = [targets[b] for b in pictures]
-        of = torch.tensor(pictures).to(device, non_blocking=True)
+        of = moved(torch.tensor(pictures), device)
         logits = full_precision(all_logits[:, of])  # (L, b, Q, C + 1)
         layer, picture, query, row = hungarian_match(logits, boxes[:, of], own)
         labels = torch.cat([t["labels"] for t in own])

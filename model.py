@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command, is_usable
-from matcher import full_precision
+from matcher import full_precision, moved
 
 TASKS = ("vqa", "nlvr2", "caption", "flickr30k", "detection")
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101", "r152": "resnet152"}
@@ -193,7 +193,7 @@ class Backbone(nn.Module):
         Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is picture.
         """
         H0, W0 = images.shape[-2:]
-        padded, sizes = is_padded(images, sizes), sizes.to(images.device, non_blocking=True)
+        padded, sizes = is_padded(images, sizes), moved(sizes, images.device)
         rows = torch.arange(H0, device=images.device)[None, :, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=images.device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
         mask = rows & columns                                                                      # (B, H0, W0)

@@ -3,6 +3,7 @@
     python tests/tables.py --table 3 --mini --seeds 3 --output results     # on the miniature world, from nothing
     python tests/tables.py --table few --mini --output results             # the same with few examples to fine-tune on
     python tests/tables.py --table recipe --mini --output results          # what helps beyond the paper's recipe
+    python tests/tables.py --table parts --mini --output results           # what the miniature's owes to each part
     python tests/tables.py --table 3 --data DIR --gpus 8 --output tables   # real data, the paper's sizes, by torchrun
     python tests/tables.py --table 3 --data DIR --gpus 8 --dry-run         # its commands, and nothing else
     python tests/tables.py --write README.md --output results              # a file's tables renewed, nothing run
@@ -113,6 +114,12 @@ TRIED = {"3 groups of queries": ("--query-groups", "3"),
          "moving average of the weights": ("--ema", "0.99")}
 TOGETHER = ("cosine schedule, warm-up", "4 sentences a picture", "words weigh 8 times", "cells are asked",
             "half of the names hidden")
+# What --mini has beyond the paper's recipe, and how each part is undone
+PARTS = {"step schedule, no warm-up": ("--schedule", "step", "--warmup", "0"),
+         "1 sentence a picture": ("--sentences-per-picture", "1"),
+         "words weigh as the rest": ("--loss-weights", "mlm=1", "itm=1", "caption=1", "attribute=1"),
+         "cells not asked": ("--cells", "0"), "names hidden like other words": ("--mask-named", "0.15")}
+TIMED = ("recipe", "parts")  # tables whose runs take the same time, not the same pictures
 # What changes a step's time; the other ideas only change numbers
 COSTLY = {"--sentences-per-picture", "--cells", "--batch-size"}
 PRETRAINED = {"val_mlm_accuracy_visual": "words the picture decides", "blind_mlm_accuracy_visual": "the same, blind",
@@ -317,6 +324,22 @@ class Plan:
                                 cost=costs.get(name, 1.0), gone=gone)
             table.rows.append((name, {key: (run, key) for key in PRETRAINED}, {}))
         return table
+
+    def parts(self, costs):
+        """The other way round, and long enough for words to be learnt: the miniature's recipe without each part."""
+        table = Table("Recipe: the miniature's without each of its parts, and the paper's, in the same time",
+                      PRETRAINED, reference="the miniature's", note="As for the ideas one at a time, but longer.")
+        one = costs.get("4 sentences a picture", 1.0)
+        runs = {"the miniature's": self.full(), **{name: self.pretrain(
+            "no cells" if name == "cells not asked" else f"parts-{name.replace(',', '')}", *words,
+            cost=1 / one if name == "1 sentence a picture" else 1.0) for name, words in PARTS.items()}}
+        runs["the paper's"] = self.pretrain("parts-the-papers", *PAPER_RECIPE, cost=1 / costs.get("together", 1.0))
+        table.rows = [(name, {key: (run, key) for key in PRETRAINED}, {}) for name, run in runs.items()]
+        return table
+
+    def table(self, number, costs=None):
+        """The table that --table names; costs: Runner.costs, for those that compare in the same time."""
+        return getattr(self, number)(costs or {}) if number in TIMED else getattr(self, f"table_{number}")()
 
     def ideas(self):
         """{name: flags}; a flag that stands there twice counts as it stands last."""
@@ -746,7 +769,7 @@ def question_times(table, path):
 def make(number, args):
     """Train what a table needs, and write its JSON, Markdown and page, anew whenever a run has ended."""
     plan, runner = Plan(args), Runner(args)
-    table = plan.recipe(runner.costs(plan.ideas())) if number == "recipe" else getattr(plan, f"table_{number}")()
+    table = plan.table(number, runner.costs(plan.ideas()) if number in TIMED else None)
     stem = os.path.join(args.output, f"table{number}")
 
     def times():
@@ -795,7 +818,7 @@ def make(number, args):
 def show(number, args):
     """--dry-run: the commands in an order in which they can run."""
     plan, runner = Plan(args), Runner(args)
-    table = plan.recipe({}) if number == "recipe" else getattr(plan, f"table_{number}")()
+    table = plan.table(number)
     for seed in range(args.seeds):
         for run in table.runs():
             if not run.gone:
@@ -804,7 +827,7 @@ def show(number, args):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "few", "4", "5", "6", "7", "recipe"), default=[],
+    parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "few", "4", "5", "6", "7", *TIMED), default=[],
                         help="which; what they share is trained once")
     parser.add_argument("--mini", action="store_true", help="on the miniature world, which is written to --data")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
@@ -827,8 +850,8 @@ def parse(argv):
     for flag in ("seeds", "budget", "jobs", "gpus"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if not args.mini and "recipe" in args.table:
-        raise InputError("--table recipe: is the miniature's; give --mini")
+    for name in set(TIMED).intersection(args.table) if not args.mini else ():
+        raise InputError(f"--table {name}: is the miniature's; give --mini")
     args.data = args.data or ("data/mini" if args.mini else "data")
     args.work = args.work or os.path.join("runs", "tables")
     args.jobs = args.jobs if args.mini else 1
