@@ -132,7 +132,6 @@ def run(module, *inputs, recompute=False, **more):
     return module(*inputs, **more)
 
 
-@torch.compiler.disable
 def is_padded(images, sizes):
     """Is any of the pictures smaller than the tensor? Where sizes stay on the host this waits for no device."""
     return any(size != list(images.shape[-2:]) for size in sizes.tolist())
