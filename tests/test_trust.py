@@ -461,3 +461,12 @@ def looks(**slopes):
 def test_a_soak_sees_what_grows(key, slope):
     assert all(row[-1] for row in soak.judge(looks()))
     assert [row[0].split()[0].lower() for row in soak.judge(looks(**{key: slope})) if not row[-1]] == [key]
+
+
+def test_other_work_beside_a_soak_is_no_slowness():
+    """In the last third it makes every second step 20 % dearer; the cheapest quarter tells that steps are as before."""
+    seen, more = looks(), 0.0
+    for n, one in enumerate(seen):
+        more += n > 130 and n % 2
+        one["cpu_seconds"] += more
+    assert all(row[-1] for row in soak.judge(seen))
