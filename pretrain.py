@@ -637,6 +637,7 @@ def train(args, state, stop):
         model, gradient_as_bucket_view=True, broadcast_buffers=not config.frozen_batch_norm)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and fails once shapes are dynamic
+        torch._dynamo.config.recompile_limit = 64  # torch 2.11 compiles for even and odd sides apart; 8 are too few
         wrapped = torch.compile(wrapped)
 
     if state is not None:
