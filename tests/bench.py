@@ -1073,6 +1073,19 @@ class Canvas:
         self.draw.line([(x * self.SCALE, y * self.SCALE) for x, y in points], fill=colour, width=thick * self.SCALE,
                        joint="curve")
 
+    def dashes(self, points, colour, thick=3, on=9, off=6):
+        left = on  # of the dash, or below zero of the gap
+        for (x, y), (x1, y1) in zip(points, points[1:]):
+            length, at = math.dist((x, y), (x1, y1)), 0.0
+            while at < length:
+                step = min(length - at, left if left > 0 else left + off)
+                if left > 0:
+                    self.line([(x + (x1 - x) * t / length, y + (y1 - y) * t / length) for t in (at, at + step)], colour,
+                              thick)
+                at, left = at + step, left - step
+                if left <= -off + 1e-9:
+                    left = on
+
     def text(self, x, y, words, size=17, anchor="lm", colour="#222222"):
         self.draw.text((x * self.SCALE, y * self.SCALE), words, colour, ImageFont.load_default(size * self.SCALE),
                        anchor)
@@ -1106,9 +1119,7 @@ def draw_growth(path, table):
             line([place(2 ** power, 1), place(2 ** power, 2 ** highest)], "#e4e4e4", 1)
             text(place(2 ** power, 1)[0], y1 + 18, f"{2 ** power}x", 15, "mm")
         text(x0 + side / 2, y1 + 46, "size, as a multiple of the smallest", 16, "mm")
-        for part in range(40):  # dashes
-            a, b = (2 ** (doublings * (part + end) / 40) for end in (0, 0.55))
-            line([place(a, a * a), place(b, b * b)], "#777777", 2)
+        canvas.dashes([place(1, 1), place(2 ** doublings, 4 ** doublings)], "#777777", 2)
         canvas.draw.rectangle([v * canvas.SCALE for v in (x0 + 8, top + 8, x0 + 248, top + 204)], "white")
         text(x0 + 20, top + 26, "exponent through all points", 16)
         text(x0 + 20, top + 52, "dashed: 2, attention's square", 16, colour="#777777")
