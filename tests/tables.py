@@ -1,6 +1,7 @@
 """The paper's tables, one command each: train and fine-tune what a table needs, measure it, write it down.
 
     python tests/tables.py --table 3 --mini --seeds 3 --output results     # on the miniature world, from nothing
+    python tests/tables.py --table 3 --mini --rows all "no detection" --output two         # some of a table's rows
     python tests/tables.py --table few --mini --output results             # the same with few examples to fine-tune on
     python tests/tables.py --table recipe --mini --output results          # what helps beyond the paper's recipe
     python tests/tables.py --table parts --mini --output results           # what the miniature's owes to each part
@@ -341,8 +342,17 @@ class Plan:
         return table
 
     def table(self, number, costs=None):
-        """The table that --table names; costs: Runner.costs, for those that compare in the same time."""
-        return getattr(self, number)(costs or {}) if number in TIMED else getattr(self, f"table_{number}")()
+        """The table that --table names, with the rows that --rows does; costs: Runner.costs, for those that compare in
+        the same time.
+        """
+        table = getattr(self, number)(costs or {}) if number in TIMED else getattr(self, f"table_{number}")()
+        names, wanted = [name for name, *_ in table.rows], self.args.rows or ()
+        for name in wanted:
+            if name not in names:
+                raise InputError(f"--rows {name!r}: table {number} has none of that name; there are: "
+                                 f"{', '.join(map(repr, names))}")
+        table.rows = [row for row in table.rows if not wanted or row[0] in wanted]
+        return table
 
     def ideas(self):
         """{name: flags}; a flag that stands there twice counts as it stands last."""
@@ -786,7 +796,7 @@ def make(number, args):
             return parse_json(read_text(path, "a table's times"), path)
         if number != "4" and not (number == "6" and os.path.exists(model)):
             return None
-        rows = stage_times(table, args.seeds) if number == "4" else question_times(table, model)
+        rows = stage_times(plan.table_4(), args.seeds) if number == "4" else question_times(table, model)
         found = {"commit": commit(), "machine": machine(), "rows": rows}
         write_safely(path, json.dumps(found, indent=1) + "\n")
         return found
@@ -835,6 +845,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     parser.add_argument("--table", nargs="+", choices=("1", "2", "3", "few", "4", "5", "6", "7", *TIMED), default=[],
                         help="which; what they share is trained once")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these of its rows (default: all)")
     parser.add_argument("--mini", action="store_true", help="on the miniature world, which is written to --data")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--budget", type=int, default=25_600, metavar="PICTURES",

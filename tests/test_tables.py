@@ -36,6 +36,15 @@ def flags(words, script, monkeypatch):
     return {"pretrain.py": pretrain, "finetune.py": finetune}[script].parse(words)[0]
 
 
+def test_some_of_the_rows(capsys, tmp_path):
+    found = commands(capsys, "--table", "3", "--rows", "all", "no detection", "--seeds", "1", "--work", str(tmp_path))
+    assert {words[words.index("--output") + 1].removeprefix(f"{tmp_path}/") for words in found} == {
+        f"{run}-seed0" for row in ("r50-6", "no-detection")
+        for run in (f"pretrain-{row}", f"vqa-{row}", f"nlvr2-{row}")}
+    assert tables.main(["--table", "3", "--rows", "nothing", "--dry-run"]) == 2
+    assert "--rows 'nothing': table 3 has none of that name; there are: 'all', 'no cap" in capsys.readouterr().err
+
+
 def test_what_table_3_would_run_on_real_data(capsys, monkeypatch, tmp_path):
     found = commands(capsys, "--table", "3", "--data", "DIR", "--gpus", "8", "--seeds", "1", "--work",
                      str(tmp_path))
