@@ -1074,17 +1074,14 @@ class Canvas:
                        joint="curve")
 
     def dashes(self, points, colour, thick=3, on=9, off=6):
-        left = on  # of the dash, or below zero of the gap
+        start = 0.0  # of a stretch, along the whole line
         for (x, y), (x1, y1) in zip(points, points[1:]):
-            length, at = math.dist((x, y), (x1, y1)), 0.0
-            while at < length:
-                step = min(length - at, left if left > 0 else left + off)
-                if left > 0:
-                    self.line([(x + (x1 - x) * t / length, y + (y1 - y) * t / length) for t in (at, at + step)], colour,
-                              thick)
-                at, left = at + step, left - step
-                if left <= -off + 1e-9:
-                    left = on
+            length = math.dist((x, y), (x1, y1))
+            for k in range(int(start // (on + off)), math.ceil((start + length) / (on + off))):
+                a, b = (min(max(k * (on + off) + end - start, 0), length) for end in (0, on))
+                if a < b:
+                    self.line([(x + (x1 - x) * t / length, y + (y1 - y) * t / length) for t in (a, b)], colour, thick)
+            start += length
 
     def text(self, x, y, words, size=17, anchor="lm", colour="#222222"):
         self.draw.text((x * self.SCALE, y * self.SCALE), words, colour, ImageFont.load_default(size * self.SCALE),
