@@ -101,4 +101,4 @@ def test_a_task_of_your_own_runs(world, tmp_path):
 def test_what_the_readme_shows_is_there():
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         shown = re.findall(r"\]\((?!http)([^)]+)\)", file.read())
-    assert len(shown) == 3 and all(os.path.isfile(os.path.join(ROOT, path)) for path in shown)
+    assert len(shown) == 4 and all(os.path.isfile(os.path.join(ROOT, path)) for path in shown)
