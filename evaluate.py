@@ -297,7 +297,7 @@ def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", bat
             to_pixels(mean.resize(p.size[::-1]) if blind else load_picture(p.file, short, long), short, long)
             for p in batch])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            grid = model.encode_picture(images.to(device), sizes.to(device))
+            grid = model.encode_picture(images.to(device), sizes)
             # Words and pairs: every sentence of one kind, each with its picture
             for name, kind in (("mlm_accuracy", "mlm"), ("mlm_accuracy_visual", "visual"), ("itm_accuracy", "itm"),
                                ("itm_accuracy_foil", "foil")):
@@ -982,7 +982,7 @@ def answer_share(task, model, tokenizer, names, examples, groups, *, short, long
         images = [picture_of(examples[group[0]].files[side], mean, short, long) for side in sides for group in part]
         pixels, sizes = pad_pictures([to_pixels(image, short, long) for image in images])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            grid = model.encode_picture(pixels.to(device), sizes.to(device))
+            grid = model.encode_picture(pixels.to(device), sizes)
             if task == "flickr30k":
                 for j, i in enumerate(numbers):
                     row = torch.empty(len(every))
@@ -1129,7 +1129,7 @@ class Viewer:
     def encode(self, *images, sentence=None):
         """PIL images -> (their grid, the sentence's tokens for each of them or None)."""
         pixels, sizes = pad_pictures([to_pixels(image, self.short, self.long) for image in images])
-        grid = self.model.encode_picture(pixels.to(self.device), sizes.to(self.device))
+        grid = self.model.encode_picture(pixels.to(self.device), sizes)
         if sentence is None:
             return grid, None
         tokens = torch.tensor([self.tokenizer.encode(sentence)], device=self.device)

@@ -609,9 +609,8 @@ class E2EVLP(nn.Module):
             x, y = target["boxes"][:, 0] * width / stride, target["boxes"][:, 1] * height / stride
             last = -(-width // stride) - 1, -(-height // stride) - 1  # a centre on the border belongs to the last cell
             places.append(y.long().clamp(0, last[1]) * columns + x.long().clamp(0, last[0]))
-        pictures = torch.arange(len(places), device=grid.states.device).repeat_interleave(
-            torch.tensor([len(at) for at in places], device=grid.states.device))
-        return grid.states[pictures, torch.cat(places)]
+        pictures = torch.tensor([b for b, at in enumerate(places) for _ in range(len(at))], dtype=torch.long)
+        return grid.states[moved(pictures, grid.states.device), torch.cat(places)]
 
     # -- the tasks of section 5: grid of encode_picture, tokens (B, T); captioning and detection have theirs above ---
 
@@ -653,6 +652,7 @@ class E2EVLP(nn.Module):
         B, device = memory.states.shape[0], memory.states.device
         longest = (max_tokens or c.max_tokens) - 1
         words = torch.full((B * beam, 1), c.cls, device=device)
+        said = [[] for _ in range(B * beam)]                                      # the host's copy, without [CLS]
         # At first all beams of a picture are alike: only the first may go on, else they would stay alike.
         scores = torch.full((B, beam), -math.inf, device=device)
         scores[:, 0] = 0
@@ -674,22 +674,23 @@ class E2EVLP(nn.Module):
             # 2 * beam candidates are enough for beam of them to go on, since each beam can end in only one way.
             best, place = total.flatten(1).topk(min(2 * beam, beam * V), dim=1)
             penalty = ((5 + length) / 6) ** alpha
-            rows, next_words = [], []
-            for b in range(B):
+            rows, next_words, going_on = [], [], []
+            # Once for all pictures, because the host waits for the device here
+            for b, candidates in enumerate(map(zip, best.tolist(), place.tolist())):
                 live = []
-                for rank, (score, at) in enumerate(zip(best[b].tolist(), place[b].tolist())):
+                for rank, (score, at) in enumerate(candidates):
                     row, word = b * beam + at // V, at % V
                     if score == -math.inf:
                         continue
                     if word == c.sep:
                         if rank < beam and not done[b]:
-                            finished[b].append((score / penalty, words[row, 1:].tolist()))
+                            finished[b].append((score / penalty, said[row]))
                     elif len(live) < beam:
                         live.append((score, row, word))
                         if length == longest and not done[b]:                     # cut off: no room for [SEP]
-                            finished[b].append((score / penalty, words[row, 1:].tolist() + [word]))
+                            finished[b].append((score / penalty, [*said[row], word]))
                 live += [(-math.inf, b * beam, c.sep)] * (beam - len(live))       # a beam with nothing left
-                scores[b] = torch.tensor([s for s, _, _ in live], device=device)
+                going_on += [s for s, _, _ in live]
                 rows += [row for _, row, _ in live]
                 next_words += [word for _, _, word in live]
                 # Nothing that goes on can end better than its score now under the mildest penalty.
@@ -698,8 +699,10 @@ class E2EVLP(nn.Module):
                 done[b] = done[b] or len(ended) >= beam or (bool(ended) and ended[0] >= bound)
             if all(done):
                 break
-            rows = torch.tensor(rows, device=device)
-            words = torch.cat([words[rows], torch.tensor(next_words, device=device)[:, None]], dim=1)
+            said = [[*said[row], word] for row, word in zip(rows, next_words)]
+            scores = moved(torch.tensor(going_on), device).view(B, beam)
+            rows, next_words = moved(torch.tensor([rows, next_words]), device)
+            words = torch.cat([words[rows], next_words[:, None]], dim=1)
             if cache and beam > 1:  # a beam may go on from another one's past; "seen" is the same for all of a picture
                 for layer in caches:
                     layer["own"] = tuple(t[rows] for t in layer["own"])

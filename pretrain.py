@@ -475,7 +475,8 @@ def cell_loss(logits, targets, boxes):
     before, total = 0, log_p.sum() * 0.0  # so that a batch without objects has a loss too
     for t in targets:
         rows = t["word_rows"]
-        share = 1 / torch.bincount(rows, minlength=len(t["labels"]))[rows]
+        # As bincount, for which a device would have to tell how long its result is
+        share = 1 / rows.new_zeros(len(t["labels"])).index_add(0, rows, torch.ones_like(rows))[rows]
         total = total - (log_p[before + rows, t["words"]] * share).sum()
         before += len(t["labels"])
     return total / max(boxes, 1)
