@@ -10,6 +10,7 @@ anywhere, on any number of loader workers or processes, and each picture is stil
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -1390,7 +1391,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.limit, self.tick = store, rank, limit, min(1.0, limit / 20)
         self.beats = self.marks = 0
-        self.waiting, self.over, self.says = False, False, ""
+        self.waiting, self.over, self.says = False, threading.Event(), ""
         self.news = {other: (None, None, time.monotonic()) for other in range(world) if other != rank}
         self.tell()
 
@@ -1411,8 +1412,7 @@ class Watch(threading.Thread):
     def run(self):
         before, heard, awake = None, 0.0, time.monotonic()
         changed = awake
-        while not self.over:
-            time.sleep(self.tick)
+        while not self.over.wait(self.tick):
             if time.monotonic() - awake > self.limit / 4:  # this process was frozen (Ctrl-Z): its news are old
                 changed = time.monotonic()
                 self.news = {other: (beats, rest, changed) for other, (beats, rest, _) in self.news.items()}
@@ -1431,7 +1431,7 @@ class Watch(threading.Thread):
             if now != before:
                 before, changed = now, heard
             silent = self.silent(self.limit)
-            if self.over:
+            if self.over.is_set():
                 return
             if silent:
                 self.end(silent, f"has not answered for {self.limit:.0f} s (--timeout)")
@@ -1442,6 +1442,11 @@ class Watch(threading.Thread):
                     other: marks for other, (marks, _) in told.items()}
                 self.end([other for other, marks in busy.items() if marks == min(busy.values())],
                          f"has come no further for {self.limit:.0f} s (--timeout)")
+
+    def close(self):
+        """End the thread: where Python ends while it asks the store, deep in C++, the process is aborted."""
+        self.over.set()
+        self.join(10)  # longer than the store takes, here or gone
 
     def end(self, ranks, what):
         """Say which processes keep the others waiting, and end this one.
@@ -1540,6 +1545,7 @@ def start_processes(device, minutes=30.0):
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=rank, world_size=world,
                             store=dist.PrefixStore(f"group {turn}", store), timeout=timedelta(days=1))
     watch.start()
+    atexit.register(watch.close)  # also where an error is the end
     return rank, world, device
 
 
@@ -1549,7 +1555,8 @@ def stop_processes(world):
     if world > 1:
         with waiting():
             dist.barrier()
-        watch.over, watch = True, None
+        watch.close()
+        watch = None
         dist.destroy_process_group()
 
 
