@@ -25,7 +25,7 @@ import finetune
 aten = torch.ops.aten
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 # The host may give the device an index, a tensor to copy, and numbers without dimensions; not to these
-ONE_DEVICE = {aten.cat.default, aten.stack.default, aten.index_copy.default, aten.linalg_vector_norm.default}
+ONE_DEVICE = {aten.cat.default, aten.stack.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
             aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
 # How many elements there are is known on the device alone
