@@ -653,7 +653,7 @@ def retrieval_scores(scores, owner):
     P, S = scores.shape
     if owner.shape != (S,) or set(owner.tolist()) != set(range(P)):
         raise InputError(f"retrieval scores of {P} pictures and {S} sentences: each picture needs a sentence of its "
-                         "own and each sentence its picture; give the matrix of the whole test split")
+                         "own and each sentence its picture; give the matrix of the whole split")
     if np.isnan(scores).any():
         row, column = np.argwhere(np.isnan(scores))[0]
         raise InputError(f"retrieval scores: picture {row}, sentence {column} is NaN; mend the model or its numbers")
@@ -794,19 +794,19 @@ def read_matrix(path, shape):
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write it with numpy.save") from None
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "fiu" or matrix.shape != shape:
         is_it = f"{matrix.dtype} {matrix.shape}" if isinstance(matrix, np.ndarray) else "an archive"
-        raise InputError(f"{path}: is {is_it}, but must be numbers {shape}: a row for each picture of the test split, "
-                         "a column for each of its sentences, picture after picture; write it anew")
+        raise InputError(f"{path}: is {is_it}, but must be numbers {shape}: a row for each picture of the split, a "
+                         "column for each of its sentences, picture after picture; write it anew, or give its --split")
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0]
         raise InputError(f"{path}: row {row}, column {column} is {matrix[row, column]}; mend the model or its numbers")
     return matrix
 
 
-def _karpathy(path, found, fields):
-    """The test pictures of Karpathy's dataset_coco.json or dataset_flickr30k.json."""
+def _karpathy(path, found, split, fields):
+    """The pictures of a split of Karpathy's dataset_coco.json or dataset_flickr30k.json."""
     images = [image for image in _listed(path, found, "images", {"split": str, "sentences": RECORDS, **fields})
-              if image["split"] == "test"]
-    for image in _records(f"{path}, split 'test'", images, {"sentences": RECORDS}):
+              if image["split"] == split]
+    for image in _records(f"{path}, split {split!r}", images, {"sentences": RECORDS}):
         _listed(path, image, "sentences", {"raw": str})
     return images
 
@@ -832,16 +832,18 @@ def coco_ids(path, found):
     return tuple(ids)
 
 
-def score_files(task, results, against, questions=None):
+def score_files(task, results, against, questions=None, split="test"):
     """The scores of a result file, {measure: value} as the task's function above gives them.
 
-    | task      | results                             | against                                                |
-    | vqa       | list of {"question_id", "answer"}   | v2_mscoco_*_annotations.json (and its questions)       |
-    | nlvr2     | CSV, rows like dev-850-0-0,True     | dev.json, test1.json                                   |
-    | caption   | list of {"image_id", "caption"}     | captions_*.json, or Karpathy's dataset_coco.json: test |
-    | flickr30k | .npy, (pictures, sentences)         | Karpathy's dataset_flickr30k.json: test                |
-    | detection | list of {"image_id", "category_id", | instances_*.json                                       |
-    |           | "bbox", "score"}                    |                                                        |
+    | task      | results                             | against                                          |
+    | vqa       | list of {"question_id", "answer"}   | v2_mscoco_*_annotations.json (and its questions) |
+    | nlvr2     | CSV, rows like dev-850-0-0,True     | dev.json, test1.json                             |
+    | caption   | list of {"image_id", "caption"}     | captions_*.json, or Karpathy's dataset_coco.json |
+    | flickr30k | .npy, (pictures, sentences)         | Karpathy's dataset_flickr30k.json                |
+    | detection | list of {"image_id", "category_id", | instances_*.json                                 |
+    |           | "bbox", "score"}                    |                                                  |
+
+    Of Karpathy's files, which have all splits in one, the pictures of `split` count: test or val.
 
     With a questions file each annotation must be of one of its questions, and results may answer those that have no
     annotation too. InputError, a line with the file and the first record at fault, if anything is not as it should be.
@@ -874,11 +876,11 @@ def score_files(task, results, against, questions=None):
             for r in _listed(against, truth, "annotations", {"image_id": int, "caption": str}):
                 references[r["image_id"]].append(r["caption"])
         else:
-            for image in _karpathy(against, truth, {"cocoid": int}):
+            for image in _karpathy(against, truth, split, {"cocoid": int}):
                 references[image["cocoid"]] += [s["raw"] for s in image["sentences"]]
         return caption_scores(read_texts(results, "image_id", "caption", list(references)), references)
     if task == "flickr30k":
-        counts = [min(5, len(image["sentences"])) for image in _karpathy(against, truth, {})]
+        counts = [min(5, len(image["sentences"])) for image in _karpathy(against, truth, split, {})]
         owner = np.repeat(np.arange(len(counts)), counts)
         return retrieval_scores(read_matrix(results, (len(counts), len(owner))), owner)
     images, categories = coco_ids(against, truth)
@@ -2131,7 +2133,7 @@ WITH_MODEL = ("checkpoint", "json", "beam", "alpha", "device", "amp")
 WAYS = {"data": (*WITH_MODEL, "task", "index", "split", "submit", "sheet", "examples", "blind", "text", "objects",
                  "batch_size"),
         "image": (*WITH_MODEL, "question", "statement", "find", "sentence", "attention", "threshold", "output"),
-        "score": ("task", "against", "questions", "json", "device"), "report": ("output", "device")}
+        "score": ("task", "against", "questions", "split", "json", "device"), "report": ("output", "device")}
 
 
 def parse(argv):
@@ -2146,7 +2148,8 @@ def parse(argv):
     g.add_argument("--task", choices=TASKS, help="score a fine-tuned checkpoint, or with --score a result file")
     g.add_argument("--data", metavar="DIR", help="the data folder (README: the data tree)")
     g.add_argument("--index", metavar="DIR", help="where the index of the data lies (default: DATA/.index)")
-    g.add_argument("--split", default="val", help="val or test; vqa also test-dev; detection has no test")
+    g.add_argument("--split", help="val (default) or test; vqa also test-dev; detection has no test. With --score: "
+                                   "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official server's format to this file")
     g.add_argument("--sheet", metavar="FILE",
                    help="pre-trained: draw a dozen pictures with what was found to this PNG file")
@@ -2203,6 +2206,10 @@ def parse(argv):
             raise InputError(f"--{flag.replace('_', '-')}: goes with {fits}, not with --{way}")
     if args.score and not (args.task and args.against):
         raise InputError("--score: needs --task and --against, the official annotation file")
+    if args.score and args.split and (args.task not in ("caption", "flickr30k") or args.split not in ("val", "test")):
+        raise InputError(f"--split {args.split}: with --score val or test of Karpathy's files (caption, flickr30k); "
+                         "what else counts, --against decides")
+    args.split = args.split or ("test" if args.score else "val")
     if not args.score and not args.report and not (args.checkpoint and (args.image or args.data)):
         if args.checkpoint:
             raise InputError("--checkpoint: give --data DIR too (measures), or --image PICTURE (pictures of your own)")
@@ -2254,7 +2261,7 @@ def load(args, world=1):
 def run(args, rank=0, world=1):
     """{measure: value} of what the flags ask for, and the files they name; collective."""
     if args.score:
-        return score_files(args.task, args.score, args.against, args.questions)
+        return score_files(args.task, args.score, args.against, args.questions, args.split)
     state, tokenizer, model = load(args, world)
     names = state["names"]
     settings = {"short": max(state["args"]["short_sides"]), "long": state["args"]["long_side"], "device": args.device,

@@ -663,6 +663,8 @@ def test_karpathy_captions(tmp_path):
     images = [{"split": s, "cocoid": i, "sentences": [{"raw": c} for c in cs]} for s, i, cs in (
         ("test", 4, ["A dog runs.", "The dog"]), ("restval", 9, ["x"]), ("test", 2, ["A cat sits on a mat."]))]
     assert score(tmp_path, "caption", against={"images": images}) == score(tmp_path, "caption")
+    images = [{**image, "split": {"test": "val", "restval": "test"}[image["split"]]} for image in images]
+    assert score(tmp_path, "caption", against={"images": images}, split="val") == score(tmp_path, "caption")
 
 
 def test_flickr_retrieval(tmp_path):
@@ -679,6 +681,14 @@ def test_flickr_retrieval(tmp_path):
         with pytest.raises(InputError, match="m.npy") as error:
             scores.score_files("flickr30k", str(tmp_path / "m.npy"), against)
         assert says in str(error.value) and "\n" not in str(error.value)
+    np.save(tmp_path / "m.npy", matrix[:1, :5])  # the one picture of val
+    words = ["--task", "flickr30k", "--score", str(tmp_path / "m.npy"), "--against", against]
+    assert scores.run(scores.parse([*words, "--split", "val"])) == found
+    with pytest.raises(InputError, match=r"must be numbers \(3, 15\).*or give its --split"):
+        scores.run(scores.parse(words))
+    for wrong in (["--split", "train"], ["--split", "val", "--task", "nlvr2"]):
+        with pytest.raises(InputError, match=f"--split {wrong[1]}: with --score val or test of Karpathy's files"):
+            scores.parse([*words, *wrong])
     np.savez(tmp_path / "m.npz", matrix)
     for name, says in (("m.npz", "an archive"), ("none.npy", "cannot be read"), ("truth", "cannot be read")):
         with pytest.raises(InputError, match=says):
