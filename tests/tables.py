@@ -679,8 +679,9 @@ def summary(result):
     """What a table's figures are, in a sentence or two."""
     number = len(result["seeds"])
     kind, hours = (("seed", f"{result['hours']:.1f} hours of training, ") if result["hours"] else ("repeat", ""))
-    text = f"{number} {kind}{'s' * (number != 1)}, mean and standard deviation; {hours}{result['machine']}."
+    text = f"{number} {kind}; {hours}{result['machine']}."
     if number > 1:
+        text = f"{number} {kind}s, mean and standard deviation; {hours}{result['machine']}."
         chance = 2 / math.comb(2 * number, number)
         text += (f" (+), (-): all {number} are better, or worse, than all {number} of \"{result['reference']}\", else "
                  "within the spread" + (f"; by chance alone {chance:.0%} of comparisons have a sign." if result["hours"]
@@ -728,16 +729,18 @@ def draw_curves(path, drawn, title):
 
 
 def write_tables(path, output):
-    """Renew what stands in a Markdown file between <!-- table N --> and <!-- end --> from OUTPUT/tableN.json."""
+    """Renew what stands in a Markdown file between <!-- table N --> and <!-- end --> from OUTPUT/tableN.json, and
+    between <!-- table DIR/N --> and <!-- end --> from OUTPUT/DIR/tableN.json.
+    """
     text = read_text(path, "a Markdown file")
 
     def renewed(found):
-        source = os.path.join(output, f"table{found[1]}.json")
+        source = os.path.join(output, found[1] or "", f"table{found[2]}.json")
         result = parse_json(read_text(source, "a table's results"), source)
-        return (f"<!-- table {found[1]} -->\n{markdown(result)}\n\n{summary(result)} Made by `{result['command']}`.\n"
-                "<!-- end -->")
+        return (f"<!-- table {found[1] or ''}{found[2]} -->\n{markdown(result)}\n\n{summary(result)} Made by "
+                f"`{result['command']}`.\n<!-- end -->")
 
-    write_safely(path, re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", renewed, text, flags=re.S))
+    write_safely(path, re.sub(r"<!-- table (\w+/)?(\w+) -->\n.*?<!-- end -->", renewed, text, flags=re.S))
 
 
 @torch.inference_mode()

@@ -249,11 +249,12 @@ def test_the_readme_has_the_tables_that_were_made():
     """Each table in results stands in the README as tests/tables.py writes it, and no other does."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         readme = file.read()
-    shown = dict(re.findall(r"<!-- table (\w+) -->\n(.*?)\n\n", readme, flags=re.S))
-    made = {}
-    for path in glob.glob(os.path.join(ROOT, "results", "table*.json")):
+    shown = dict(re.findall(r"<!-- table ([\w/]+) -->\n(.*?)\n\n", readme, flags=re.S))
+    made, results = {}, os.path.join(ROOT, "results")
+    for path in glob.glob(os.path.join(results, "**", "table*.json"), recursive=True):
         with open(path) as file:
-            made[re.search(r"table(\w+)\.json", path)[1]] = tables.markdown(json.load(file))
+            name = os.path.relpath(path, results).removesuffix(".json")
+            made["".join(name.rsplit("table", 1))] = tables.markdown(json.load(file))
     assert shown == made
 
 
@@ -261,13 +262,15 @@ def test_a_file_is_renewed(tmp_path):
     result = {"heads": {"a": "A"}, "reference": "x", "rows": [
         {"name": "x", "measures": {"a": tables.spread([0.5])}, "paper": {}}], "seeds": [0], "hours": 1.0,
         "machine": "this one", "command": "python tests/tables.py --table 9"}
-    (tmp_path / "table9.json").write_text(tables.in_lines(result))
     text = tmp_path / "text.md"
-    text.write_text("before\n<!-- table 9 -->\nold\n<!-- end -->\nafter\n")
-    assert tables.main(["--write", str(text), "--output", str(tmp_path)]) == 0
-    assert text.read_text() == (
-        "before\n<!-- table 9 -->\n| | A |\n| --- | --- |\n| x | 50.0 |\n\n1 seed, mean and standard deviation; 1.0 "
-        "hours of training, this one. Made by `python tests/tables.py --table 9`.\n<!-- end -->\nafter\n")
+    for name, path in (("9", tmp_path / "table9.json"), ("long/9", tmp_path / "long" / "table9.json")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tables.in_lines(result))
+        text.write_text(f"before\n<!-- table {name} -->\nold\n<!-- end -->\nafter\n")
+        assert tables.main(["--write", str(text), "--output", str(tmp_path)]) == 0
+        assert text.read_text() == (
+            f"before\n<!-- table {name} -->\n| | A |\n| --- | --- |\n| x | 50.0 |\n\n1 seed; 1.0 hours of training, "
+            "this one. Made by `python tests/tables.py --table 9`.\n<!-- end -->\nafter\n")
     text.write_text("<!-- table 8 -->\n<!-- end -->")
     assert tables.main(["--write", str(text), "--output", str(tmp_path)]) == 2
 
