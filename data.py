@@ -100,8 +100,12 @@ class Tokenizer:
         return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
 
     def decode(self, tokens):
-        """Numbers -> text, without the special pieces."""
-        return self.wordpiece.decode([int(t) for t in tokens], skip_special_tokens=True)
+        """Numbers -> text, without the special pieces. WordPiece parts "man's" and "t-shirt" at each sign; they are put
+        together again, or the words of a caption would be other ones than those of its references. A dash between two
+        words looks the same as a hyphen, and becomes one.
+        """
+        text = self.wordpiece.decode([int(t) for t in tokens], skip_special_tokens=True)
+        return re.sub(r"(?<=\w) (?:(-) (?=\w)|(') (?=(?:s|t|m|d|re|ve|ll)\b))", r"\1\2", text)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -118,6 +122,7 @@ class Picture:
     sentences: list = field(default_factory=list)
     coco: tuple = None        # (boxes, labels (n,) int64), or None where COCO has not annotated it
     vg: tuple = None          # (boxes, labels, attributes: a tuple of numbers for each box), or None
+    captions: int = 0         # so many of the sentences, the first, are COCO's captions; the others describe regions
 
 
 @contextlib.contextmanager
@@ -296,10 +301,11 @@ def on_disk(folder, data, root=None):
     return {name for name, link in entries if not link or os.path.isfile(f"{folder}/{name}")}
 
 
-def read_coco(data, split, say=print, flickr_out=()):
+def read_coco(data, split, say=print, flickr_out=(), coco_out=None):
     """COCO 2017 instances and captions of "train" or "val": ({picture id: Picture}, [category names]).
 
-    flickr_out: numbers of Flickr photographs to leave out; a COCO record tells its own in "flickr_url".
+    flickr_out: numbers of Flickr photographs to leave out; a COCO record tells its own in "flickr_url". The ids of the
+    pictures that are left out for it are added to the set coco_out.
     Crowd boxes are left out. A few boxes of the real files have no area: they are left out and counted, but more than
     one in ten thousand is an error, because then the file itself is wrong.
     """
@@ -310,10 +316,11 @@ def read_coco(data, split, say=print, flickr_out=()):
     pictures, missing, leaking = {}, [], 0
     for r in records(path, instances, "images"):
         photo = re.search(r"/(\d{1,18})_[^/]*$", str(r.get("flickr_url")))
+        number = take(r, "id", int, path)
         if photo and int(photo[1]) in flickr_out:
             leaking += 1
+            coco_out.add(number)  # Visual Genome may know it by this number alone
             continue
-        number = take(r, "id", int, path)
         name = os.path.basename(plain_name(take(r, "file_name", str, path), f"{path}: image {number}"))
         size = take_size(r, path)
         if name in names:
@@ -357,6 +364,7 @@ def read_coco(data, split, say=print, flickr_out=()):
         if take(r, "image_id", int, path) in pictures and take(r, "caption", str, path).strip():
             pictures[r["image_id"]].sentences.append(r["caption"].strip())
     for p in pictures.values():
+        p.captions = len(p.sentences)
         p.coco = (np.array(p.coco[0], np.float32).reshape(-1, 4), np.array(p.coco[1], np.int64))
     return pictures, classes
 
@@ -494,7 +502,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     coco_out, flickr_out = held_out(data, say)
     train, val, names = {}, {}, {"coco": [], "vg": [], "attributes": []}
     if "coco" in sets:
-        train, names["coco"] = read_coco(data, "train", say, flickr_out)
+        train, names["coco"] = read_coco(data, "train", say, flickr_out, coco_out)
         val, val_names = read_coco(data, "val", say)
         if val_names != names["coco"]:
             raise InputError(f"{data}/coco/annotations/instances_train2017.json: has different categories than "
@@ -553,7 +561,7 @@ class Example:
     target: object = None   # VQA what most people said, NLVR2 1 or 0, detection (boxes, labels); None where unknown
     sentences: tuple = ()   # the picture's own sentences
     answers: tuple = ()     # VQA: what ten people said
-    size: tuple = None      # (height, width) of its first picture, where known
+    size: tuple = None      # (height, width) of its picture, where known; of two, see `frame`
 
 
 def coco_finder(data):
@@ -700,7 +708,7 @@ def read_task(task, data, split, say=print):
 # The index: what the readers found, in files that all processes map
 
 
-INDEX_VERSION = 3  # another number, and each index is built anew: raise it with any change of the readers or of Packed
+INDEX_VERSION = 4  # another number, and each index is built anew: raise it with any change of the readers or of Packed
 
 
 class Packed(Sequence):
@@ -878,7 +886,7 @@ def build_index(path, stem, data, read):
                 for item in tqdm(items, "sizes of pictures", disable=None, leave=False):
                     progressed()
                     if item.size is None:
-                        item.size = size(item.files[0])
+                        item.size = frame([size(file) for file in item.files])
                 lists[name] = Packed.write(f"{unfinished}/{name}", found.pop(name), data)
         with open(f"{unfinished}/about.json", "w", encoding="utf-8") as file:
             json.dump({"said": said, "plain": found, "lists": list(lists)}, file)
@@ -896,6 +904,16 @@ def status(path):
         return os.stat(path)
     except OSError:
         return None
+
+
+def frame(sizes):
+    """(height, width) of one picture as it is; of two what holds both, each scaled to a short side of 1,000.
+
+    Batches have pictures of similar shape, and two of NLVR2 are padded together with those of the other pairs.
+    """
+    if len(sizes) == 1:
+        return sizes[0]
+    return tuple(max(round(1000 * size[side] / min(size)) for size in sizes) for side in (0, 1))
 
 
 def size_of(file):
@@ -1104,21 +1122,38 @@ def to_pixels(image, short, long=LONG_SIDE):
 def mask_words(tokens, tokenizer, rng, share=0.15, named=frozenset(), named_share=0.15):
     """Masked language modelling as in BERT: (input, labels); labels are -1 where nothing is to be guessed.
 
-    Each word is chosen on its own with probability `share`, those in `named` with `named_share`; of the chosen, 80 %
-    become [MASK], 10 % a random piece and 10 % stay, so that the model can never trust the word it sees. [CLS] and
-    [SEP] are never chosen.
+    Each word is chosen on its own with probability `share`, those in `named` with `named_share`, and if none was, any
+    one of them; of the chosen, 80 % become [MASK], 10 % a random piece and 10 % stay, so that the model can never trust
+    the word it sees. [CLS] and [SEP] are never chosen.
     """
     tokens, labels = list(tokens), [-1] * len(tokens)
-    for i, token in enumerate(tokens):
-        if token in (tokenizer.cls, tokenizer.sep) or rng.random() >= (named_share if token in named else share):
-            continue
-        labels[i] = token
+    words = [i for i, token in enumerate(tokens) if token not in (tokenizer.cls, tokenizer.sep)]
+    chosen = [i for i in words if rng.random() < (named_share if tokens[i] in named else share)]
+    for i in chosen or ([rng.choice(words)] if words else []):
+        labels[i] = tokens[i]
         chance = rng.random()
         if chance < 0.8:
             tokens[i] = tokenizer.mask
         elif chance < 0.9:
             tokens[i] = rng.choice(tokenizer.ordinary)
     return tokens, labels
+
+
+def other_sentence(pictures, index, caption, rng):
+    """A sentence of another picture that is none of this one's; None if a hundred draws find none.
+
+    caption: whether it is to be one of COCO's captions, or else a region's description; it is of the kind that it
+    stands for. If any kind would do, a description beside a picture that only COCO has would always be a wrong one.
+    """
+    own = {s.lower() for s in pictures[index].sentences}
+    for _ in range(100):
+        number = rng.randrange(len(pictures))
+        other = pictures[number]
+        kind = other.sentences[:other.captions] if caption else other.sentences[other.captions:]
+        sentence = rng.choice(kind) if kind and number != index else None
+        if sentence is not None and sentence.lower() not in own:
+            return sentence
+    return None
 
 
 class PretrainingSet(torch.utils.data.Dataset):
@@ -1147,13 +1182,14 @@ class PretrainingSet(torch.utils.data.Dataset):
         size = self.short_sides[draw % len(self.short_sides)], self.long_side
         (image,), index, broken = first_decodable(lambda i: [self.pictures[i].file], index, len(self.pictures), *size)
         picture, image = self.pictures[index], to_pixels(image, *size)
-        enough = len(picture.sentences) >= self.K
-        own = rng.sample(picture.sentences, self.K) if enough else rng.choices(picture.sentences, k=self.K)
+        every = range(len(picture.sentences))
+        own = rng.sample(every, self.K) if len(every) >= self.K else rng.choices(every, k=self.K)
         tokens, mlm_labels, itm_labels, captions = [], [], [], []
-        for sentence in own:
-            captions.append(self.tokenizer.encode(sentence))  # the captioning target is always the picture's own
+        for number in own:
+            # The captioning target is always the picture's own
+            captions.append(self.tokenizer.encode(picture.sentences[number]))
             matched = rng.random() < 0.5
-            other = None if matched else self.other_sentence(index, rng)
+            other = None if matched else other_sentence(self.pictures, index, number < picture.captions, rng)
             # Both kinds of sentence have words hidden, or ITM would only learn to look for [MASK]. But they are only
             # asked for where the sentence is true of the picture: a mismatched pair would teach MLM to ignore it.
             pieces, labels = mask_words(captions[-1] if other is None else self.tokenizer.encode(other),
@@ -1166,16 +1202,6 @@ class PretrainingSet(torch.utils.data.Dataset):
         return {"image": image, "tokens": tokens, "mlm_labels": mlm_labels, "itm_labels": itm_labels,
                 "captions": captions, "no_sentence": rng.random() < self.without_sentence,
                 "target": self.target(picture, rng), "index": index, "broken": broken}
-
-    def other_sentence(self, index, rng):
-        """A sentence of another picture that is none of this one's; None if a hundred draws find none."""
-        own = {s.lower() for s in self.pictures[index].sentences}
-        for _ in range(100):
-            other = rng.randrange(len(self.pictures))
-            sentence = rng.choice(self.pictures[other].sentences)
-            if other != index and sentence.lower() not in own:
-                return sentence
-        return None
 
     def target(self, picture, rng):
         """What the set loss compares with. A picture in both sets draws anew whose annotation it trains."""
@@ -1274,7 +1300,7 @@ class TaskSet(torch.utils.data.Dataset):
             self.order = np.argsort(groups, kind="stable")
             place = np.arange(len(groups)) - np.searchsorted(groups[self.order], groups[self.order])  # within its group
             self.starts = np.append(np.flatnonzero(place % self.K == 0), len(groups))
-        self.sizes = examples.sizes[self.order[self.starts[:-1]]]  # (height, width) of each item's first picture
+        self.sizes = examples.sizes[self.order[self.starts[:-1]]]  # (height, width) of each item's picture
 
     def __len__(self):
         return len(self.starts) - 1
@@ -1337,9 +1363,9 @@ class Batches(torch.utils.data.Sampler):
 
     Pictures of similar shape go together, so that little is padded: within pieces of 16 batches (less where a pass has
     few, or each pass would have the same batches) they are sorted by shape before the batches are cut, and the batches
-    shuffled. `draw` is the same for all
-    of a batch, over all processes too: they take its size of the scale augmentation from it, since pictures of 480 and
-    800 pixels in one batch would pad most of it, and of two processes one would wait for the other.
+    shuffled. `draw` is the same for all of a batch, over all processes too: they take its size of the scale
+    augmentation from it, since pictures of 480 and 800 pixels in one batch would pad most of it, and of two processes
+    one would wait for the other.
     A batch is the total one; the `parts` that each process has of it follow one another.
     """
 

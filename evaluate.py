@@ -68,6 +68,7 @@ from data import (
     load_picture,
     mask_words,
     normalise_answer,
+    other_sentence,
     pad_pictures,
     pad_tokens,
     progressed,
@@ -191,18 +192,17 @@ def questions(pictures, phrases, tokenizer, seed=0, per_picture=4):
     asked = []
     for number, picture in enumerate(pictures):
         rng = random.Random(f"validation {seed} {picture.name}")
-        sentences = rng.sample(picture.sentences, min(per_picture, len(picture.sentences)))
+        sentences = rng.sample(range(len(picture.sentences)), min(per_picture, len(picture.sentences)))
         facts = phrases.facts(picture)
         q = {"mlm": [], "visual": [], "itm": [], "foil": [], "first": tokenizer.encode(picture.sentences[0])}
-        known = {s.lower() for s in picture.sentences}
-        for i, sentence in enumerate(sentences):
+        for i, place in enumerate(sentences):
+            sentence = picture.sentences[place]
             tokens = tokenizer.encode(sentence)
             labels = mask_words(tokens, tokenizer, rng)[1]
             q["mlm"].append(([tokenizer.mask if label >= 0 else t for t, label in zip(tokens, labels)], labels))
             false = (number + i) % 2
             if false and len(pictures) > 1:
-                drawn = (rng.choice(pictures[rng.randrange(len(pictures))].sentences) for _ in range(100))
-                other = next((s for s in drawn if s.lower() not in known), None)
+                other = other_sentence(pictures, number, place < picture.captions, rng)
                 if other is not None:
                     q["itm"].append((tokenizer.encode(other), 0))
             else:
@@ -243,6 +243,12 @@ def boxes_in_pixels(boxes, size):
     return torch.stack([cx - w / 2, cy - h / 2, w, h], dim=-1) * scale
 
 
+def prepare(tokenizer, names, pictures):
+    """What `measure` asks of `pictures`, which is the same at each validation: at full size it takes half a minute."""
+    phrases = Phrases(names).learn(pictures)
+    return phrases, questions(pictures, phrases, tokenizer), mean_picture([p.file for p in pictures[:500]])
+
+
 def average_precision(pictures, results, source):
     """(AP, AP50) by pycocotools. results: dicts of image_id (a number in `pictures`), category_id, bbox, score.
 
@@ -263,7 +269,7 @@ def average_precision(pictures, results, source):
     results = [r for r in results if r["image_id"] in used]
     if not results or not truth["annotations"]:
         return 0.0, 0.0
-    scores = detection_scores(results, truth)
+    scores = detection_scores(results, truth, areas=("all",))
     return scores["AP"], scores["AP50"]
 
 
@@ -275,16 +281,15 @@ def found_objects(objects, source):
 
 @torch.no_grad()
 def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", batch_size=32, amp=False, blind=False,
-            rank=0, world=1):
+            rank=0, world=1, prepared=None):
     """All measures on `pictures`: {"mlm_accuracy": ..., ...} as fractions. Collective: each process does its share.
 
-    A measure that has nothing to count (no Visual Genome annotation, say) is left out.
+    prepared: what `prepare` returned. A measure that has nothing to count (no Visual Genome annotation, say) is left
+    out.
     """
     model.eval()
-    phrases = Phrases(names).learn(pictures)
-    asked = questions(pictures, phrases, tokenizer)
+    phrases, asked, mean = prepared or prepare(tokenizer, names, pictures)
     source = "coco" if names["coco"] else "vg"
-    mean = mean_picture([p.file for p in pictures[:500]]) if blind else None
     tally = defaultdict(list)  # measure -> 1 or 0 for each thing asked; for AP the boxes found
 
     # Pictures of like shape together; which picture is in which batch changes nothing but the padding.
@@ -355,6 +360,7 @@ def measure(model, tokenizer, names, pictures, *, short, long, device="cpu", bat
 
 def measure_with_blind(model, tokenizer, names, pictures, **settings):
     """{"val_...": the measures, "blind_...": the same with every picture replaced by the mean picture}."""
+    settings["prepared"] = settings.get("prepared") or prepare(tokenizer, names, pictures)
     seen = measure(model, tokenizer, names, pictures, **settings)
     blind = measure(model, tokenizer, names, pictures, blind=True, **settings)
     return {**{f"val_{k}": v for k, v in seen.items()}, **{f"blind_{k}": v for k, v in blind.items()}}
@@ -666,11 +672,12 @@ def retrieval_scores(scores, owner):
             for k in (1, 5, 10)}
 
 
-def detection_scores(results, annotation_file, image_ids=None):
+def detection_scores(results, annotation_file, image_ids=None, areas=("all", "small", "medium", "large")):
     """{"AP", "AP50", "AP75", "APs", "APm", "APl"} of boxes as fractions; -1 where there is nothing to measure.
 
     results: dicts of image_id, category_id, bbox (x, y, w, h in pixels), score; annotation_file: COCO's instances
-    JSON, a path or what it holds; image_ids: the pictures to look at, all by default.
+    JSON, a path or what it holds; image_ids: the pictures to look at, all by default; areas: the sizes of boxes that
+    are scored apart, with fewer it takes less time.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth, found = COCO(), COCO()
@@ -684,6 +691,9 @@ def detection_scores(results, annotation_file, image_ids=None):
         scored = COCOeval(truth, found, "bbox")
         if image_ids is not None:
             scored.params.imgIds = sorted(image_ids)
+        kept = [label in areas for label in scored.params.areaRngLbl]
+        scored.params.areaRng = list(itertools.compress(scored.params.areaRng, kept))
+        scored.params.areaRngLbl = list(itertools.compress(scored.params.areaRngLbl, kept))
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
@@ -880,7 +890,7 @@ def score_files(task, results, against, questions=None, split="test"):
                 references[image["cocoid"]] += [s["raw"] for s in image["sentences"]]
         return caption_scores(read_texts(results, "image_id", "caption", list(references)), references)
     if task == "flickr30k":
-        counts = [min(5, len(image["sentences"])) for image in _karpathy(against, truth, split, {})]
+        counts = [len(image["sentences"]) for image in _karpathy(against, truth, split, {})]
         owner = np.repeat(np.arange(len(counts)), counts)
         return retrieval_scores(read_matrix(results, (len(counts), len(owner))), owner)
     images, categories = coco_ids(against, truth)

@@ -645,6 +645,7 @@ class E2EVLP(nn.Module):
 
         memory: encoding of B pictures alone (`encode(grid)`). alpha: length penalty, a sentence's score is its log
         probability divided by ((5 + length) / 6) ** alpha (Wu et al. 2016); length counts the words and [SEP].
+        A picture's search ends when nothing that goes on can become better than what has ended.
         cache: keep the keys and values of earlier words (the same result, faster).
         Returns a list of B pairs (word pieces without [CLS] and [SEP], score).
         """
@@ -695,8 +696,7 @@ class E2EVLP(nn.Module):
                 next_words += [word for _, _, word in live]
                 # Nothing that goes on can end better than its score now under the mildest penalty.
                 bound = live[0][0] / ((5 + longest) / 6) ** alpha if alpha > 0 else live[0][0]
-                ended = sorted((s for s, _ in finished[b]), reverse=True)
-                done[b] = done[b] or len(ended) >= beam or (bool(ended) and ended[0] >= bound)
+                done[b] = done[b] or any(score >= bound for score, _ in finished[b])
             if all(done):
                 break
             said = [[*said[row], word] for row, word in zip(rows, next_words)]

@@ -63,7 +63,15 @@ from data import (
     summed,
     writing,
 )
-from evaluate import check_output, draw_sheet, measure_with_blind, pretrained_gallery, run_facts, write_report
+from evaluate import (
+    check_output,
+    draw_sheet,
+    measure_with_blind,
+    prepare,
+    pretrained_gallery,
+    run_facts,
+    write_report,
+)
 from matcher import LOSS_WEIGHTS, count, set_loss
 from model import BACKBONES, E2EVLP, Attention, Config, count_parameters, load_checkpoint, save_checkpoint
 
@@ -689,6 +697,7 @@ def train(args, state, stop):
                     validation_due=due, broken=sorted(broken), bad_steps=bad_steps, ended=ended)
 
     size = {"short": max(args.short_sides), "long": args.long_side, "device": device}
+    prepared = functools.cache(lambda: prepare(tokenizer, names, val))
 
     def validate():
         nonlocal due
@@ -702,7 +711,7 @@ def train(args, state, stop):
             if bar.disable:
                 say(f"step {step}/{bar.total}  validating on {len(val)} pictures")
             measures = measure_with_blind(model, tokenizer, names, val, batch_size=share // parts,
-                                          amp=args.amp == "bf16", rank=rank, world=world, **size)
+                                          amp=args.amp == "bf16", rank=rank, world=world, prepared=prepared(), **size)
             output.log({"step": step, "epoch": step / batches.per_epoch, **measures})
             bar.set_description()
         if rank == 0:

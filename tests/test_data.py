@@ -39,6 +39,7 @@ from data import (
     index_task,
     load_picture,
     mask_words,
+    other_sentence,
     pad_pictures,
     read_coco,
     read_karpathy,
@@ -50,6 +51,7 @@ from data import (
     stream,
     to_pixels,
 )
+from evaluate import Phrases, ptb_words, questions
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -330,6 +332,7 @@ def test_one_picture_of_both_sets_and_no_test_picture(files):
     assert by_name["coco 25"].vg is not None
     assert by_name["coco 25"].sentences == ["Caption 0 of 25.", "Caption 1 of 25.", "region of 2"]
     assert by_name["coco 9"].vg is None and by_name["vg 1"].coco is None
+    assert [by_name[name].captions for name in ("coco 9", "coco 25", "vg 1")] == [2, 2, 0]
     # val2017 without Karpathy's test, with Visual Genome's annotation where it has one
     assert [p.name for p in found["val"]] == ["coco 139"] and found["val"][0].vg is not None
     assert "coco: 1 pictures of train2017 are in a val or test split" in str(say)
@@ -348,6 +351,11 @@ def test_photographs_of_flickr30ks_test_split_are_known_by_their_address_too(fil
     say = Silent()
     assert {p.name for p in read_pretraining(files.folder, say=say)["train"]} == {"vg 1", "vg 6"}
     assert "1 pictures of train2017 are in Flickr30k's val or test split" in str(say)
+    files["vg/image_data.json"][1]["flickr_id"] = None           # COCO's record alone tells where it is from
+    files[name]["images"][0]["flickr_url"] = address.format(78)
+    files[name]["images"][1]["flickr_url"] = address.format(77)
+    files.write()
+    assert {p.name for p in read_pretraining(files.folder, say=say)["train"]} == {"coco 9", "vg 1", "vg 6"}
 
 
 def test_a_name_of_two_classes_means_the_first(files):
@@ -577,10 +585,19 @@ def test_padding_is_right_and_below():
 # The four tasks' inputs
 
 
+@pytest.mark.parametrize("caption", [
+    "a man's red t-shirt.", "they don't know, and she'll say it's a close-up", "two dogs' tails, and a cat's",
+    "a black-and-white cat; the boys' dog's 5-year-old t-shirt"])
+def test_words_survive_word_pieces(caption):
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;'-"]
+    tokenizer = Tokenizer([*SPECIAL, *letters, *(f"##{letter}" for letter in letters)], max_tokens=80)
+    assert ptb_words(tokenizer.decode(tokenizer.encode(caption))) == ptb_words(caption)
+
+
 def test_masking_has_berts_proportions(vocabulary):
     tokenizer, rng = Tokenizer(vocabulary), random.Random(0)
     sentence = [tokenizer.cls, *range(5, 25), tokenizer.sep]
-    chosen = masked = kept = places = none = 0
+    chosen = masked = kept = places = single = 0
     shown = set()
     repeats = 20000
     for _ in range(repeats):
@@ -590,15 +607,18 @@ def test_masking_has_berts_proportions(vocabulary):
         assert all(labels[i] == sentence[i] for i in asked)
         assert all(tokens[i] == sentence[i] for i in range(len(sentence)) if i not in asked)
         shown |= {tokens[i] for i in asked}
-        places, chosen, none = places + 20, chosen + len(asked), none + (not asked)
+        assert asked
+        places, chosen, single = places + 20, chosen + len(asked), single + (len(asked) == 1)
         masked += sum(tokens[i] == tokenizer.mask for i in asked)
         kept += sum(tokens[i] == sentence[i] for i in asked)
-    assert chosen / places == pytest.approx(0.15, abs=0.003)
+    none = 0.85 ** 20  # each word on its own, and one where that would be none
+    assert chosen / places == pytest.approx(0.15 + none / 20, abs=0.002)
     assert masked / chosen == pytest.approx(0.8, abs=0.01)
     assert kept / chosen == pytest.approx(0.1 + 0.1 / (len(tokenizer) - 5), abs=0.01)
     # A random [PAD] would be masked, a random [SEP] end the sentence
     assert shown == {tokenizer.mask, *range(len(SPECIAL), len(tokenizer))}
-    assert none / repeats == pytest.approx(0.85 ** 20, abs=0.01)  # each word on its own, so some sentences have none
+    assert single / repeats == pytest.approx(20 * 0.15 * 0.85 ** 19 + none, abs=0.01)
+    assert mask_words([tokenizer.cls, tokenizer.sep], tokenizer, rng) == ([tokenizer.cls, tokenizer.sep], [-1, -1])
 
 
 def test_words_that_name_something_have_a_share_of_their_own(vocabulary):
@@ -631,13 +651,44 @@ def training_set(pictures, vocabulary, **settings):
     return PretrainingSet(pictures, Tokenizer(vocabulary), 4, **settings)
 
 
+def test_a_wrong_sentence_is_of_the_kind_that_it_stands_for(pictures):
+    captions, descriptions = ("a", "b", "c"), ("x", "y", "z")
+    for i, p in enumerate(pictures):  # in turns of COCO alone, of both, of Visual Genome alone
+        p.sentences = [f"{word} {i}" for word in (captions, captions + descriptions, descriptions)[i % 3]]
+        p.captions = (3, 3, 0)[i % 3]
+    rng = random.Random(0)
+    for index, caption in itertools.product(range(16), (True, False)):
+        drawn = {other_sentence(pictures, index, caption, rng) for _ in range(200)}
+        assert {s.split()[0] for s in drawn} == set(captions if caption else descriptions)
+        assert len(drawn) > 20 and str(index) not in {s.split()[1] for s in drawn}
+    for p in pictures[1:]:
+        p.sentences, p.captions = p.sentences[:p.captions] or ["a"], p.captions or 1
+    assert other_sentence(pictures, 0, False, rng) is None
+
+
+def test_training_and_validation_draw_wrong_sentences_of_the_same_kind(pictures, vocabulary):
+    for i, p in enumerate(pictures):
+        p.sentences, p.captions = (["cat"] * 4, 4) if i % 2 else ([f"un {'able ' * (i + 2)}"] * 4, 0)
+    trained = training_set(pictures, vocabulary, sentences_per_picture=4, masks={"share": 0, "named_share": 0})
+    lengths = {True: set(), False: set()}
+    for index in range(16):
+        for tokens, match in zip(trained[0, index, 0]["tokens"], trained[0, index, 0]["itm_labels"]):
+            if not match:
+                lengths[index % 2 == 1].add(len(tokens))
+    tokenizer = trained.tokenizer
+    names = {"coco": ["cat", "dog", "cow"], "vg": [], "attributes": []}
+    for index, q in enumerate(questions(pictures, Phrases(names), tokenizer)):
+        lengths[index % 2 == 1].update(len(tokens) for tokens, match in q["itm"] if not match)
+    assert not lengths[True] and min(lengths[False]) > 4  # each caption is "cat", so none can be a wrong one
+
+
 def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vocabulary):
     data = training_set(pictures, vocabulary, sentences_per_picture=2)
     tokenizer = data.tokenizer
     asked, hidden, words, accidents = Counter(), Counter(), Counter(), 0
     for index in range(16):
         known = {s.lower() for s in pictures[index].sentences}
-        drawn = {data.other_sentence(index, random.Random(seed)) for seed in range(200)}
+        drawn = {other_sentence(pictures, index, False, random.Random(seed)) for seed in range(200)}
         assert len(drawn) > 5 and not {s.lower() for s in drawn} & known
     for epoch in range(150):
         for index in range(16):
@@ -646,8 +697,8 @@ def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vo
             assert all(c in own for c in item["captions"]) and item["captions"][0] != item["captions"][1]
             for tokens, labels, match in zip(item["tokens"], item["mlm_labels"], item["itm_labels"]):
                 asked[match] += 1
-                words[match] += len(tokens) - 2
-                hidden[match] += tokens.count(tokenizer.mask)
+                words[match, len(tokens)] += len(tokens) - 2
+                hidden[match, len(tokens)] += tokens.count(tokenizer.mask)
                 fits = [all(t == o or label == o for t, label, o in zip(tokens, labels, s)) for s in own
                         if len(s) == len(tokens)]
                 if match:
@@ -657,7 +708,10 @@ def test_negatives_are_of_other_pictures_and_never_true_of_this_one(pictures, vo
                     accidents += any(fits)  # a random piece in another's sentence may make it one of this picture's
     assert asked[1] / sum(asked.values()) == pytest.approx(0.5, abs=0.02) and accidents / asked[0] < 0.005
     # Were words hidden in matching sentences alone, ITM could be solved by looking for [MASK].
-    assert hidden[0] / words[0] == pytest.approx(hidden[1] / words[1], abs=0.01) and hidden[0] > 0
+    often = {length for _, length in words if min(words[0, length], words[1, length]) > 1000}
+    assert len(often) > 1
+    for n in often:
+        assert hidden[0, n] / words[0, n] == pytest.approx(hidden[1, n] / words[1, n], abs=0.05) and hidden[0, n] > 0
 
 
 def test_targets_tell_the_words_of_each_object(pictures, vocabulary):
@@ -831,8 +885,13 @@ def test_the_index_equals_a_direct_read(world, tmp_path):
         examples, categories = read_task(task, world, split, Silent())
         assert same_items(found["examples"], examples) and found["categories"] == categories
         for n, e in enumerate(examples):
-            with Image.open(e.files[0]) as image:
-                assert found["examples"].sizes[n].tolist() == [image.height, image.width]
+            sizes = []
+            for file in e.files:
+                with Image.open(file) as image:
+                    sizes.append([image.height, image.width])
+            if task == "nlvr2":  # a frame that has room for both, once their short sides are alike
+                sizes = [[max(round(1000 * size[side] / min(size)) for size in sizes) for side in (0, 1)]]
+            assert [found["examples"].sizes[n].tolist()] == sizes
             assert (found["examples"].groups[n] == found["examples"].groups[0]) == (e.files == examples[0].files)
     again = copy.copy(found["examples"])  # as a worker that is not forked gets it, by __reduce__
     assert again[-1].id == examples[-1].id and [e.id for e in again[1:3]] == [e.id for e in examples[1:3]]

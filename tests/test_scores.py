@@ -601,6 +601,8 @@ def test_detection_is_pycocotools(tmp_path, capsys):
     assert capsys.readouterr().out == "" and json.dumps(results) == before
     assert scores.detection_scores(results, truth, {1, 2}) == pytest.approx(
         pycocotools_scores(tmp_path / "t.json", results, [1, 2]))
+    alone = scores.detection_scores(results, truth, areas=("all",))
+    assert alone == {**scores.detection_scores(results, truth), "APs": -1, "APm": -1, "APl": -1}
     assert set(scores.detection_scores([], truth).values()) == {0}
     truth["annotations"] = [a for a in truth["annotations"] if a["area"] < 32 ** 2]
     found = scores.detection_scores(results, truth)  # pycocotools says -1 where there is nothing to measure
