@@ -98,7 +98,7 @@ def small_model(**changes):
 
 
 def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabulary=50):
-    """A batch as data.collate makes it, of random pixels and words."""
+    """A batch as pretrain.collate makes it, of random pixels and words."""
     g = torch.Generator().manual_seed(seed)
     B = len(sizes)
     images = torch.zeros(B, 3, max(h for h, _ in sizes), max(w for _, w in sizes), dtype=torch.uint8)
@@ -126,9 +126,11 @@ def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabula
         if source == "vg":
             target["attributes"] = (torch.rand(n, 6, generator=g) < 0.4).float()
         targets.append(target)
-    places = (labels.flatten() >= 0).nonzero()[:, 0]
-    return {"images": images, "sizes": torch.tensor(sizes), "tokens": tokens, "captions": captions,
-            "mlm_places": places, "mlm_words": labels.flatten()[places],
+    positions = (labels.flatten() >= 0).nonzero()[:, 0]
+    sizes = torch.tensor(sizes)
+    return {"images": images, "sizes": sizes, "tokens": tokens, "captions": captions,
+            "padded": bool((sizes != sizes.amax(0)).any()), "mlm_positions": positions,
+            "mlm_labels": labels.flatten()[positions],
             "itm_labels": torch.randint(0, 2, (B, K), generator=g),
-            "no_sentence": torch.tensor([b == 1 for b in range(B)]), "targets": targets, "index": list(range(B)),
-            "broken": []}
+            "no_sentence": torch.tensor([b == 1 for b in range(B)]), "targets": targets,
+            "ids": [f"image {b}" for b in range(B)], "broken": []}
