@@ -1,20 +1,14 @@
-"""The data: the official files as typed records, the index, images, datasets, batches; at the end,
-what the commands share.
+"""The data: word pieces; the official files as typed records, and their readers; the index; images;
+masking. At the end, what the commands share.
 
 Nothing is converted beforehand: `--data DIR` is laid out as the official downloads unpack (the
 README has the tree). Boxes are kept as fractions of their image, so that they need no care when it
 is resized.
-
-Everything random about a visit to an image (its sentences, which tokens are masked) is drawn from a
-generator seeded with (seed, epoch, image), its size from one seeded with the batch. So a run can be
-stopped and resumed anywhere, on any number of loader workers or processes, and each image is still
-seen exactly as it would have been.
 """
 
 import argparse
 import glob
 import hashlib
-import itertools
 import math
 import os
 import re
@@ -35,8 +29,9 @@ import torch.nn.functional as F
 from msgspec import Meta, Struct
 from PIL import Image, ImageOps
 from tokenizers import BertWordPieceTokenizer
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
+
+from matcher import box_in_fractions
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as torchvision's weights expect
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -59,7 +54,7 @@ class InputError(ValueError):
 
 
 class Tokenizer:
-    """BERT's WordPiece (lower case) from a vocab.txt, one piece a line, or a list of pieces."""
+    """BERT's WordPiece (lower case) from a vocab.txt, or from a list of pieces."""
 
     def __init__(self, vocabulary, max_tokens=40):
         source = vocabulary if isinstance(vocabulary, str) else "the checkpoint's vocabulary"
@@ -69,9 +64,10 @@ class Tokenizer:
         self.vocabulary = list(vocabulary)
         ids = {piece: i for i, piece in enumerate(self.vocabulary)}
         missing = [piece for piece in SPECIAL if piece not in ids]
-        if missing or len(ids) < len(self.vocabulary):
-            raise InputError(f"{source}: not a WordPiece vocabulary like BERT's vocab.txt (missing "
-                             f"{missing}, {len(self.vocabulary) - len(ids)} pieces are there twice)")
+        double = len(self.vocabulary) - len(ids)
+        if missing or double:
+            raise InputError(f"{source}: not a WordPiece vocabulary like BERT's vocab.txt: "
+                             f"{missing} are missing, {double} pieces are there twice")
         self.max_tokens = max_tokens
         self.pad, self.unk, self.cls, self.sep, self.mask = (ids[piece] for piece in SPECIAL)
         self.ordinary = [i for piece, i in ids.items() if piece not in SPECIAL]
@@ -85,7 +81,7 @@ class Tokenizer:
         return self.encode_with_offsets(sentence)[0]
 
     def encode_with_offsets(self, sentence):
-        """(tokens, [(start, end) of each in the sentence, in characters; (0, 0) for [CLS], [SEP]])."""
+        """(tokens, [(start, end) of each in characters; (0, 0) for [CLS] and [SEP]])."""
         pieces = self.wordpiece.encode(sentence, add_special_tokens=False)
         fit = self.max_tokens - 2
         return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
@@ -99,8 +95,8 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------
-# The official files. A class is a record of a file, its fields are what is read of it; msgspec skips
-# all others, and its message names the record and field that is missing or of another type.
+# The official files. A class is a record of a file, its fields are what is read of it; msgspec
+# skips all others, and its message names the record and field that is missing or of another type.
 
 Id = Annotated[int, Meta(ge=0, le=10**15)]
 Pixels = Annotated[int, Meta(ge=1, le=10**6)]
@@ -150,28 +146,25 @@ class VGImage(Struct):
 
 class VGObject(Struct):
     object_id: Id
-    x: float = 0
-    y: float = 0
-    w: float = 0
-    h: float = 0
+    x: float
+    y: float
+    w: float
+    h: float
     names: list[str | None] | None = None
-    attributes: list[str | None] | None = None  # in attributes.json
+    attributes: list[str | None] | None = None
 
 class VGObjects(Struct):
-    """vg/objects.json, a list of these."""
+    """vg/objects.json and vg/attributes.json, each a list of these."""
     image_id: Id
-    objects: list[VGObject]
-
-class VGAttributes(Struct):
-    """vg/attributes.json, a list of these: the objects once more."""
-    attributes: list[VGObject]
+    objects: list[VGObject] = []
+    attributes: list[VGObject] = []
 
 class VGRegion(Struct):
     phrase: str
-    x: float | None = None
-    y: float | None = None
-    width: float | None = None
-    height: float | None = None
+    x: float
+    y: float
+    width: float
+    height: float
 
 class VGRegions(Struct):
     """vg/region_descriptions.json, a list of these; id is the image's."""
@@ -194,27 +187,24 @@ class Karpathy(Struct):
 
 
 class Objects(Struct):
-    """An image's annotated objects: n boxes cxcywh as fractions, labels, Visual Genome attributes."""
-
+    """An image's objects: boxes cxcywh as fractions, labels, attributes of Visual Genome."""
     boxes: list[Box]
     labels: list[int]
     attributes: list[list[int]] = []
 
 
 class Example(Struct):
-    """One image (NLVR2: two) with what is known about it: what the readers below make of the files.
-    """
-
-    id: int | str                   # what the official result files, or messages, call it
-    files: list[str]
+    """One image (NLVR2: two) with what is known about it: what the readers make of the files."""
+    id: int | str                        # what the official result files, or messages, call it
+    files: list[str] = []
     size: tuple[int, int] | None = None  # (height, width) of its image; of two, see `frame`
-    text: str = ""                  # the question or statement about it
-    target: int | str | None = None  # the right answer; VQA's most given one; None: unknown
-    answers: list[str] = []         # VQA: what ten people said
-    answer_type: str = ""           # VQA: yes/no, number, other
-    sentences: list[str] = []       # COCO's captions first, then region descriptions
-    captions: int = 0               # so many of them are COCO's captions
-    coco: Objects | None = None     # None where COCO has not annotated it
+    text: str = ""                       # the question or statement about it
+    target: int | str | None = None      # the right answer; VQA: most people's; None: unknown
+    answers: list[str] = []              # VQA: what ten people said
+    answer_type: str = ""                # VQA: yes/no, number, other
+    sentences: list[str] = []            # COCO's captions first, then region descriptions
+    captions: int = 0                    # so many of them are COCO's captions
+    coco: Objects | None = None          # None where COCO has not annotated it
     vg: Objects | None = None
 
 
@@ -224,8 +214,9 @@ def read_text(path, purpose):
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}), needed for "
-                         f"{purpose}; the README's data tree says where it comes from") from None
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path}: cannot be read ({reason}), needed for {purpose}; the README's "
+                         "data tree says where it comes from") from None
 
 
 def parse_json(text, kind, path):
@@ -258,16 +249,6 @@ def list_folder(folder):
                          "tree)") from None
 
 
-def as_fractions(box, width, height):
-    """x, y, w, h in pixels -> cx, cy, w, h in fractions, clipped; None if nothing is inside."""
-    x0, y0, w, h = box
-    x1, y1 = min(x0 + w, width), min(y0 + h, height)
-    x0, y0 = max(x0, 0), max(y0, 0)
-    if not (x1 > x0 and y1 > y0):
-        return None
-    return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
-
-
 def read_coco(data, split, say=print):
     """COCO 2017 of "train" or "val": ({image id: Example}, [category names in the order of their
     ids], {image id: Flickr's number of the photograph}). Crowd boxes are left out.
@@ -283,8 +264,8 @@ def read_coco(data, split, say=print):
         if photograph:
             photographs[image.id] = int(photograph[1])
         if name in on_disk:
-            examples[image.id] = Example(image.id, [f"{folder}/{name}"], (image.height, image.width),
-                                         coco=Objects([], []))
+            size = image.height, image.width
+            examples[image.id] = Example(image.id, [f"{folder}/{name}"], size, coco=Objects([], []))
         else:
             missing.append(image.id)
     if missing:
@@ -305,7 +286,7 @@ def read_coco(data, split, say=print):
         if example is None or annotation.iscrowd:
             continue
         height, width = example.size
-        box = as_fractions(annotation.bbox, width, height)
+        box = box_in_fractions(annotation.bbox, width, height)
         if box is None:
             outside += 1
         else:
@@ -341,8 +322,8 @@ def known_names(names, number_of):
 
 
 def read_vg(data, say=print):
-    """Visual Genome: ({image id: Example}, {image id: (coco_id, flickr_id)}, object names, attribute
-    names).
+    """Visual Genome: ({image id: Example}, {image id: (coco_id, flickr_id)}, object names,
+    attribute names).
 
     Its flaws are many and known: boxes outside the image, names outside the 1,600, images that are
     not there. They are left out and counted. An object with several names has the first known one.
@@ -360,17 +341,17 @@ def read_vg(data, say=print):
         if file is None:
             missing += 1
             continue
-        examples[image.image_id] = Example(
-            f"vg {image.image_id}", [f"{folder}/{file}"], (image.height, image.width),
-            vg=Objects([], []))
+        size = image.height, image.width
+        examples[image.image_id] = Example(f"vg {image.image_id}", [f"{folder}/{file}"], size,
+                                           vg=Objects([], []))
         links[image.image_id] = image.coco_id, image.flickr_id
     if missing:
         say(f"{folder}: {missing} images of image_data.json are not there; left out")
     if not examples:
-        raise InputError(f"{folder}: neither VG_100K nor VG_100K_2 holds an image of image_data.json")
+        raise InputError(f"{folder}: VG_100K and VG_100K_2 hold no image of image_data.json")
 
     attributes_of = {}
-    for record in read_json(f"{folder}/attributes.json", list[VGAttributes], "attributes"):
+    for record in read_json(f"{folder}/attributes.json", list[VGObjects], "attributes"):
         for thing in record.attributes:
             numbers = known_names(thing.attributes, attribute_of)
             attributes_of[thing.object_id] = sorted(set(numbers))
@@ -381,7 +362,7 @@ def read_vg(data, say=print):
         for thing in record.objects if example else ():
             labels = known_names(thing.names, label_of)
             height, width = example.size
-            box = as_fractions((thing.x, thing.y, thing.w, thing.h), width, height)
+            box = box_in_fractions((thing.x, thing.y, thing.w, thing.h), width, height)
             if box is None:
                 outside += 1
             elif not labels:
@@ -394,7 +375,7 @@ def read_vg(data, say=print):
         say(f"{folder}/objects.json: left out {outside} boxes without area or outside, {unknown} "
             "whose name is not in objects_vocab.txt")
 
-    flaws = Counter()
+    left_out = 0
     path = f"{folder}/region_descriptions.json"
     for record in read_json(path, list[VGRegions], "Visual Genome's sentences"):
         example = examples.get(record.id)
@@ -402,23 +383,22 @@ def read_vg(data, say=print):
         for region in record.regions if example else ():
             phrase = region.phrase.strip()
             key = phrase.lower(), region.x, region.y, region.width, region.height
-            if not re.search("[a-z]", phrase.lower()):
-                flaws["without a Latin letter"] += 1
-            elif key in known and region.x is not None:
-                flaws["twice with the same box"] += 1
+            if key in known or not re.search("[a-z]", phrase.lower()):
+                left_out += 1
             else:
                 example.sentences.append(phrase)
             known.add(key)
-    for flaw, count in flaws.items():
-        say(f"{path}: left out {count} sentences {flaw}")
+    if left_out:
+        say(f"{path}: left out {left_out} sentences that stand there twice with the same box or "
+            "have no Latin letter")
     return examples, links, objects, attributes
 
 
 def held_out(data, say=print):
     """(COCO ids, Flickr numbers) of the images that no training may see: val2017, and the val and
-    test splits of Karpathy's files.
+    test splits of Karpathy's files; and COCO's ids of his test split.
     """
-    coco, flickr = set(), set()
+    coco, flickr, test = set(), set(), set()
     path = f"{data}/coco/annotations/instances_val2017.json"
     if os.path.exists(path):
         coco |= {image.id for image in read_json(path, CocoInstances, "held-out images").images}
@@ -428,13 +408,16 @@ def held_out(data, say=print):
             say(f"{path}: not there, so its val and test images cannot be kept out of pre-training")
             continue
         for image in read_json(path, Karpathy, "Karpathy's splits").images:
-            if image.split in ("val", "test"):
-                if image.cocoid is not None:
-                    coco.add(image.cocoid)
-                number = os.path.splitext(image.filename)[0]
-                if name == "flickr30k" and number.isdigit():
-                    flickr.add(int(number))
-    return coco, flickr
+            stem = os.path.splitext(image.filename)[0]
+            if image.split not in ("val", "test"):
+                continue
+            if name == "flickr30k" and stem.isdigit():
+                flickr.add(int(stem))
+            elif image.cocoid is not None:
+                coco.add(image.cocoid)
+                if image.split == "test":
+                    test.add(image.cocoid)
+    return coco, flickr, test
 
 
 def read_pretraining(data, sets=("coco", "vg"), say=print):
@@ -445,7 +428,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     An image that is in both sets is one Example with the sentences of both. Images of any val or
     test split are left out of train.
     """
-    coco_out, flickr_out = held_out(data, say)
+    coco_out, flickr_out, coco_test = held_out(data, say)
     names = {"coco": [], "vg": [], "attributes": []}
     train, val, vg_only = {}, {}, []
     leaking = 0
@@ -477,11 +460,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     if leaking:
         say(f"{data}: {leaking} images are in a val or test split; left out of pre-training")
 
-    path = f"{data}/coco/dataset_coco.json"
-    if os.path.exists(path):
-        for image in read_json(path, Karpathy, "Karpathy's splits").images:
-            if image.split == "test":
-                val.pop(image.cocoid, None)
+    val = {number: example for number, example in val.items() if number not in coco_test}
     for number, example in [*train.items(), *val.items()]:
         example.id = f"coco {number}"
     train = [*train.values(), *vg_only]
@@ -498,16 +477,14 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
 # --------------------------------------------------------------------------------------------------
 # The index: what the readers made, in files that all processes map
 
-INDEX_VERSION = 6  # raise it with any change of the readers or of Example: each index is built anew
-COCO_FOLDERS = ("train2014", "val2014", "test2015", "train2017", "val2017")
+INDEX_VERSION = 8  # raise it with any change of the readers or of Example
 
 
 class MmapList(Sequence):
     """A list of Examples in memory-mapped files; an item is decoded when it is asked for.
 
     As a Python list, 180,000 images with 6 M sentences take gigabytes, and in each loader worker
-    again: counting references writes into the pages that the processes share, so each ends with its
-    own copy (PyTorch issue 13246). Here all processes share the file's pages.
+    again, because counting references copies the pages that processes share (PyTorch issue 13246).
 
     PATH.msgpack has the records, PATH.npy (N, 5) of each where it starts and ends, the height and
     width of its image, and a number that is the same for the same image.
@@ -517,6 +494,8 @@ class MmapList(Sequence):
         self.path = path
         self.bytes = np.memmap(f"{path}.msgpack", np.uint8, "r")
         self.table = np.load(f"{path}.npy", mmap_mode="r")
+        self.sizes = self.table[:, 2:4]
+        self.image_numbers = self.table[:, 4]
         self.decoder = msgspec.msgpack.Decoder(Example)
 
     def __reduce__(self):  # a worker that is not forked maps the files again
@@ -530,14 +509,6 @@ class MmapList(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self.table[index, :2]
         return self.decoder.decode(self.bytes[start:end].tobytes())
-
-    @property
-    def sizes(self):
-        return self.table[:, 2:4]
-
-    @property
-    def image_numbers(self):
-        return self.table[:, 4]
 
     @staticmethod
     def write(path, examples):
@@ -562,13 +533,12 @@ class MmapList(Sequence):
 def load_or_build_index(data, folder, kind, read, say=print):
     """The dict that read(say) returns, its lists of Examples as MmapLists, from an index.
 
-    folder: where indexes lie, DATA/.index by default; kind: a word for it. An index goes by the sizes and
-    times of the official files and image folders: if one changes, it is built anew, by each host's first
-    process, while the others wait. What `read` says is kept and said again each time.
+    folder: where indexes lie, DATA/.index by default; kind: a word for it. If the size or time of
+    an official file or image folder changes, the index is built anew, by each host's first process,
+    while the others wait. What `read` says is kept and said again each time.
     """
     if not os.path.isdir(data):
-        raise InputError(f"--data {data}: no such folder; the README's data tree says what belongs "
-                         "in it")
+        raise InputError(f"--data {data}: no such folder; see the README's data tree")
     folder = folder or f"{data}/.index"
     state = [INDEX_VERSION, os.path.abspath(data)]
     for path in sorted([*glob.glob(f"{glob.escape(data)}/*/*"),
@@ -610,7 +580,8 @@ def load_or_build_index(data, folder, kind, read, say=print):
 def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print):
     """`read_pretraining` by the index."""
     kind = "-".join(["pretraining", *sorted(sets)])
-    return load_or_build_index(data, folder, kind, lambda say: read_pretraining(data, sets, say), say)
+    return load_or_build_index(data, folder, kind,
+                               lambda say: read_pretraining(data, sets, say), say)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,19 +590,19 @@ def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print):
 # Pillow knows dozens of formats, and starts programs for some of them (EPS: Ghostscript). These are
 # the ones that images of data sets, telephones and the web have.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# Pillow refuses to decode more than twice its MAX_IMAGE_PIXELS, 178 M pixels ("decompression bomb");
-# large photographs lie below that and need no warning.
+# Pillow refuses to decode more than twice its MAX_IMAGE_PIXELS, 178 M pixels ("decompression
+# bomb"); large photographs lie below that and need no warning.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def load_image(file, short=None, long=None, upright=False):
-    """An RGB image, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only applied
-    if `upright`.
+    """An RGB image, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only
+    applied if `upright`.
 
-    short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2, 1/4
-    or 1/8 of its size, which leaves out most of the work. 16 bits become 8, transparent areas white;
-    of a moving image the first frame counts. Raises whatever Pillow does: OSError, SyntaxError,
-    ValueError, struct.error, DecompressionBombError ...
+    short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2,
+    1/4 or 1/8 of its size, which leaves out most of the work. 16 bits become 8, transparent areas
+    white; of a moving image the first frame counts. Raises whatever Pillow does: OSError,
+    SyntaxError, ValueError, struct.error, DecompressionBombError ...
     """
     with Image.open(file, formats=FORMATS) as image:
         if short is not None and image.format == "JPEG":
@@ -640,7 +611,8 @@ def load_image(file, short=None, long=None, upright=False):
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            pixels = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(pixels.round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -662,8 +634,8 @@ def load_images(files_of, index, total, short, long):
             broken.append(f"{' or '.join(files)}: {error}")
         if len(broken) > 20:
             break
-    raise InputError(f"{broken[0]}: cannot be decoded, nor can the {len(broken) - 1} images after it; "
-                     "mend or remove them")
+    raise InputError(f"{broken[0]}: cannot be decoded, nor can the {len(broken) - 1} images after "
+                     "it; mend or remove them")
 
 
 def size_of(file):
@@ -706,8 +678,7 @@ def to_pixels(image, short, long=LONG_SIDE):
 
 
 def decodable(examples, say=print):
-    """Those whose images decode; the others are named and left out (for validation, before training).
-    """
+    """Those whose images decode; the others are named and left out (of validation)."""
     good = []
     for example in examples:
         try:
@@ -719,14 +690,14 @@ def decodable(examples, say=print):
 
 
 def mean_image(files, side=64):
-    """What a blind model sees: the mean of the images, each squeezed to side x side, a PIL image."""
+    """What a blind model sees: a PIL image, the mean of these, each squeezed to side x side."""
     total = sum(np.array(load_image(file).resize((side, side)), np.float64) for file in files)
     return Image.fromarray((total / len(files)).round().astype(np.uint8))
 
 
 def pad_images(images):
-    """[(3, h, w) uint8] -> (B, 3, H, W) padded right and below with zeros, sizes (B, 2) int64 (height,
-    width), padded: whether any image is smaller than the tensor.
+    """[(3, h, w) uint8] -> (B, 3, H, W) padded right and below with zeros, sizes (B, 2) int64
+    (height, width), padded: whether any image is smaller than the tensor.
     """
     sizes = torch.tensor([image.shape[1:] for image in images])
     H, W = sizes.amax(0).tolist()
@@ -743,8 +714,7 @@ def pad_tokens(lists, pad):
 
 
 # --------------------------------------------------------------------------------------------------
-# Datasets and their batches. Targets are NumPy arrays until they reach the device: each tensor that
-# a worker hands over takes an open file, and there would be thousands.
+# What items and batches are made with
 
 
 def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):
@@ -771,8 +741,8 @@ def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):
 def other_sentence(examples, index, is_caption, rng):
     """A sentence of another image that is none of this one's; None if a hundred draws find none.
 
-    It is of the kind that it stands for, a COCO caption or a region's description. If any kind would
-    do, a description beside an image that only COCO has would always be a wrong one.
+    It is of the kind that it stands for, a COCO caption or a region's description. If any kind
+    would do, a description beside an image that only COCO has would always be a wrong one.
     """
     own = {sentence.lower() for sentence in examples[index].sentences}
     for _ in range(100):
@@ -784,104 +754,6 @@ def other_sentence(examples, index, is_caption, rng):
         if sentence is not None and sentence.lower() not in own:
             return sentence
     return None
-
-
-def detection_target(source, objects, attributes=0):
-    """What matcher.set_loss compares with: a dict of arrays; attributes: how many kinds there are."""
-    target = {"source": source, "boxes": np.array(objects.boxes, np.float32).reshape(-1, 4),
-              "labels": np.array(objects.labels, np.int64)}
-    if source == "vg":
-        target["attributes"] = np.zeros((len(objects.boxes), attributes), np.float32)
-        for row, numbers in zip(target["attributes"], objects.attributes):
-            row[numbers] = 1
-    return target
-
-
-class Batches(Sampler):
-    """Batches of (epoch, index, draw) for one process: a pure function of seed and rank, endless from
-    micro-batch 0 of batch `start`.
-
-    Pass follows pass over all items, each in an order of its own, and the batches are cut from that
-    stream: in each pass an item comes once, whatever the batch and the number of processes, and
-    every batch is full.
-
-    Images of similar shape go together, so that little is padded: within chunks of 16 batches (fewer
-    where a pass has few) they are sorted by shape before the batches are cut, and the batches are
-    shuffled. `draw` is the same for all of a batch, over all processes too: it picks the size of the
-    scale augmentation, since 480 and 800 pixels in one batch would pad most of it, and of two
-    processes one would wait for the other.
-    """
-
-    def __init__(self, sizes, batch, *, accumulation_steps=1, rank=0, world=1, seed=0, start=0):
-        """sizes (N, 2): height and width of each item's image; batch: the total, over all processes
-        and micro-batches; start: the number of batches already done.
-        """
-        sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
-        self.ratios = sizes[:, 1] / sizes[:, 0]
-        self.batch, self.accumulation_steps = batch, accumulation_steps
-        self.rank, self.world, self.seed, self.start = rank, world, seed, start
-        self.per_epoch = len(sizes) / batch
-        self.chunk = max(1, min(16, len(sizes) // batch // 4))
-
-    def order(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.ratios))
-
-    def __iter__(self):
-        N, length = len(self.ratios), self.chunk * self.batch
-        micro_batch = self.batch // self.world // self.accumulation_steps
-        orders = {}
-        for number in itertools.count(self.start // self.chunk):
-            places = np.arange(number * length, (number + 1) * length)
-            epochs = places // N
-            orders = {e: orders[e] if e in orders else self.order(e) for e in np.unique(epochs)}
-            items = np.array([orders[e][place] for e, place in zip(epochs, places % N)])
-            # By epoch first: so an item meets itself at most in the one batch that spans two epochs
-            chosen = np.lexsort((self.ratios[items], epochs)).reshape(self.chunk, self.batch)
-            rng = np.random.default_rng((self.seed, number, 1))
-            draws = rng.integers(2**31, size=self.chunk)
-            for n in rng.permutation(self.chunk)[max(0, self.start - number * self.chunk):]:
-                for step in range(self.accumulation_steps):
-                    at = (step * self.world + self.rank) * micro_batch
-                    yield [(int(epochs[i]), int(items[i]), int(draws[n]))
-                           for i in chosen[n, at:at + micro_batch]]
-
-
-class EvaluationSet(Dataset):
-    """Images by their number, without anything random: (number, [(3, h, w) of each of its files])."""
-
-    def __init__(self, examples, short, long, mean=None):
-        """mean: a PIL image shown in place of each (a blind model sees that)."""
-        self.examples, self.short, self.long, self.mean = examples, short, long, mean
-
-    def __getitem__(self, number):
-        pixels = []
-        for file in self.examples[number].files:
-            try:
-                image = load_image(file, self.short, self.long)
-            except Exception as error:
-                raise InputError(f"{file}: cannot be decoded ({error}); a score needs every image, "
-                                 "mend it") from None
-            image = image if self.mean is None else self.mean.resize(image.size)
-            pixels.append(to_pixels(image, self.short, self.long))
-        return number, pixels
-
-
-def collate_evaluation(items):
-    numbers, images = zip(*items)
-    return numbers, *pad_images([image for side in zip(*images) for image in side])
-
-
-def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers=0, rank=0, world=1,
-                       mean=None):
-    """Yields (numbers, images, sizes, padded) for this process's share of the examples `numbers`,
-    those of similar shape together.
-    """
-    numbers = sorted(numbers, key=lambda i: examples[i].size[1] / examples[i].size[0])[rank::world]
-    batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
-    loader = DataLoader(EvaluationSet(examples, short, long, mean), batch_sampler=batches,
-                        num_workers=workers, collate_fn=collate_evaluation,
-                        worker_init_fn=ignore_signals)
-    yield from tqdm(loader, "evaluating", disable=None if rank == 0 else True, leave=False)
 
 
 def batch_to_device(value, device):
@@ -926,8 +798,8 @@ def init_processes(device, timeout=30.0):
     """Join torchrun's processes, if there are any: (rank, number of processes, this one's device).
 
     timeout: minutes that one process may keep the others waiting, after which torch ends them; rank
-    0's first reading of the data counts too. Without torchrun the rank is 0 of 1 and no collective is
-    called. InputError if the device cannot be used.
+    0's first reading of the data counts too. Without torchrun the rank is 0 of 1 and no collective
+    is called. InputError if the device cannot be used.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device == "cuda":
@@ -988,12 +860,12 @@ def print0(*words):
 
 
 class NotedSignal:
-    """Notes SIGNALS; the training loop looks at `number` once a step. A second Ctrl-C ends at once."""
+    """Notes SIGNALS; the training loop looks once a step. A second Ctrl-C ends at once."""
 
     def __init__(self):
         self.number = 0
-        for number in SIGNALS:
-            signal.signal(number, self.note)
+        for noted in SIGNALS:
+            signal.signal(noted, self.note)
 
     def note(self, number, frame):
         self.number = number
@@ -1001,14 +873,14 @@ class NotedSignal:
 
 
 def ignore_signals(worker):
-    """For loader workers, which the terminal signals too: the training needs them to finish a step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For loader workers, which are signalled too: the training needs them to finish a step."""
+    for noted in SIGNALS:
+        signal.signal(noted, signal.SIG_IGN)
 
 
 def command(script, work):
-    """What a script's main does: work(), its errors of input as one line. Returns the exit code: what
-    work returns, or 0; 2 after an InputError; 130 after Ctrl-C.
+    """What a script's main does: work(), its errors of input as one line. Returns the exit code:
+    what work returns, or 0; 2 after an InputError; 130 after Ctrl-C.
     """
     try:
         return work() or 0
@@ -1022,71 +894,31 @@ def command(script, work):
 
 
 # --------------------------------------------------------------------------------------------------
-# The command: what is there
-
-
-FILES = {  # what each part of the project reads; {a,b}: each of them
-    "pre-training": ["coco/annotations/{instances,captions}_{train,val}2017.json",
-                     "coco/{train,val}2017", "coco/dataset_coco.json", "vg/image_data.json",
-                     "vg/{objects,attributes,region_descriptions}.json", "vg/VG_100K{,_2}",
-                     "vg/{objects,attributes}_vocab.txt", "flickr30k/dataset_flickr30k.json",
-                     "vocab.txt"],
-    "vqa": ["vqa/v2_OpenEnded_mscoco_{train,val}2014_questions.json",
-            "vqa/v2_mscoco_{train,val}2014_annotations.json"],
-    "vqa, test": ["vqa/v2_OpenEnded_mscoco_test{,-dev}2015_questions.json", "coco/test2015"],
-    "nlvr2": ["nlvr2/{train,dev,test1}.json", "nlvr2/images/{train,dev,test1}"],
-    "caption": ["coco/dataset_coco.json"],
-    "flickr30k": ["flickr30k/dataset_flickr30k.json", "flickr30k/flickr30k-images"],
-    "detection": ["coco/annotations/{instances,captions}_{train,val}2017.json",
-                  "coco/{train,val}2017"],
-}
-
-
-def expand(pattern):
-    """"a{b,c}d" -> ["abd", "acd"]"""
-    parts = re.split(r"{([^}]*)}", pattern)
-    return ["".join(p) for p in itertools.product(*(part.split(",") if i % 2 else [part]
-                                                    for i, part in enumerate(parts)))]
-
-
-def describe(data, folder=None):
-    """({part: {"missing": [...]} or counts}, [what was left out and why]) of a data folder."""
-    parts, notes = {}, []
-    for part, patterns in FILES.items():
-        names = [name for pattern in patterns for name in expand(pattern)]
-        parts[part] = {"missing": [name for name in names if not os.path.exists(f"{data}/{name}")]}
-    sets = [name for name in ("coco", "vg") if os.path.isdir(f"{data}/{name}")]
-    found = pretraining_index(data, sets, folder, notes.append)
-    counts = Counter(sentences=found["sentences"], images=len(found["train"]), held_out=len(found["val"]))
-    for example in found["train"]:
-        for source in sets:
-            objects = getattr(example, source)
-            counts[f"{source}_boxes"] += len(objects.boxes) if objects else 0
-            counts["attributes"] += sum(map(len, objects.attributes)) if objects else 0
-    parts["pre-training"].update(counts)
-    return parts, notes
+# The command: what is there for pre-training
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="Say what is in a data folder, what was left out, and what is missing for what.",
+        description="Say what a data folder has for pre-training, and what was left out and why.",
         formatter_class=HelpFormatter)
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the official files")
-    parser.add_argument("--index", metavar="DIR", help="where the index lies (default: DATA/.index)")
-    parser.add_argument("--json", metavar="FILE", help="write the counts to this file")
+    parser.add_argument("--data", required=True, help="folder of the official files")
+    parser.add_argument("--index", help="folder of the index (default: DATA/.index)")
 
     def work():
         args = parser.parse_args(argv)
-        parts, notes = describe(args.data, args.index)
-        for part, found in parts.items():
-            missing = found.pop("missing")
-            print(f"{part:13}", f"missing: {', '.join(missing)}" if missing else "complete",
-                  *(f"{n:,} {what.replace('_', ' ')}" for what, n in found.items()), sep="  ")
-        for note in notes:
-            print(f"note: {note}")
-        if args.json:
-            with open(args.json, "wb") as file:
-                file.write(msgspec.json.encode({"parts": parts, "notes": notes}))
+        sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
+        data = pretraining_index(args.data, sets, args.index)
+        counts = Counter()
+        for example in data["train"]:
+            for source in sets:
+                objects = getattr(example, source)
+                if objects is not None:
+                    counts[f"images annotated in {source}"] += 1
+                    counts[f"boxes of {source}"] += len(objects.boxes)
+                    counts["attributes"] += sum(map(len, objects.attributes))
+        print(f"{len(data['train']):,} images with {data['sentences']:,} sentences to pre-train "
+              f"on, {len(data['val']):,} held out")
+        print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
 
     return command("data.py", work)
 

@@ -1,22 +1,15 @@
 """Stage 3: what a model has learnt, its official scores, and images of one's own.
 
-    python evaluate.py --checkpoint runs/pretrain/last.pt --data DIR --json FILE       # pre-trained
-    python evaluate.py --task vqa --checkpoint runs/vqa/best.pt --data DIR             # official scores
-    python evaluate.py --task vqa --checkpoint FILE --data DIR --split test --submit FILE
-    python evaluate.py --task caption --score RESULTS --against ANNOTATIONS            # anybody's results
+    python evaluate.py --checkpoint runs/pretrain/last.pt --data DIR --json FILE     # pre-trained
+    python evaluate.py --task vqa --checkpoint runs/vqa/best.pt --data DIR --submit FILE
+    python evaluate.py --task caption --score RESULTS --against ANNOTATIONS
     python evaluate.py --checkpoint runs/pretrain/last.pt --image photo.jpg --output OUT
-    python evaluate.py --curves RUN [RUN ...] --output OUT
 
-In this file: words and what they say of an image; the measures of pre-training; `Predictor`, the Python
-interface; drawings; the command.
+In this file: asking a model about many examples; what the words of a sentence say of an image; the
+measures of pre-training; `Predictor`, the Python interface; drawings; the command.
 
-Beside each measure of pre-training stands `blind_...`: the same model and the same inputs with every
-image replaced by the mean image. What is left then is what the words alone, or habit alone, give away.
-
-The words of a sentence are checked against the annotation: an object phrase is a name of the label sets
-with the attribute words right before it ("small red circle"). It is true of an image if one annotated
-object has that name and all of these attributes. Nothing else is parsed, so a sentence may have other
-faults that these measures do not see.
+Beside each measure of pre-training stands `blind_...`: the same model and inputs, with every image
+replaced by the mean image. What is left then is what words alone, or habit, give away.
 """
 
 import argparse
@@ -38,49 +31,107 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from data import (
-    FORMATS,
-    HelpFormatter,
-    InputError,
-    Tokenizer,
-    command,
-    decodable,
-    evaluation_batches,
-    gather,
-    init_processes,
-    load_image,
-    mask_tokens,
-    mean_image,
-    number,
-    other_sentence,
-    pad_images,
-    pad_tokens,
-    pretraining_index,
-    print0,
-    read_text,
-    to_pixels,
-)
-from matcher import hungarian_match
+from data import (FORMATS, HelpFormatter, InputError, Tokenizer, batch_to_device, command,
+                  decodable, gather, ignore_signals, init_processes, load_image, mask_tokens,
+                  mean_image, number, other_sentence, pad_images, pad_tokens, pretraining_index,
+                  print0, read_text, to_pixels)
+from matcher import boxes_in_pixels, detection_target, hungarian_match
 from model import build_model, load_checkpoint
-from tasks import TASKS, best_classes, boxes_in_pixels, detection_scores, make_task, predict
+from tasks import TASKS, best_classes, detection_scores, make_task
+
+# --------------------------------------------------------------------------------------------------
+# Asking a model about many examples
+
+
+class EvaluationSet(Dataset):
+    """Batches of images, asked for by lists of their numbers: (numbers, images, sizes, padded)."""
+
+    def __init__(self, examples, short, long, mean=None):
+        """mean: a PIL image shown in place of each (a blind model sees that)."""
+        self.examples, self.short, self.long, self.mean = examples, short, long, mean
+
+    def pixels(self, file):
+        try:
+            image = load_image(file, self.short, self.long)
+        except Exception as error:
+            raise InputError(f"{file}: cannot be decoded ({error}); a score needs every image, "
+                             "mend it") from None
+        if self.mean is not None:
+            image = self.mean.resize(image.size)
+        return to_pixels(image, self.short, self.long)
+
+    def __getitem__(self, numbers):
+        images = [[self.pixels(file) for file in self.examples[i].files] for i in numbers]
+        return numbers, *pad_images([image for side in zip(*images) for image in side])
+
+
+def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers=0, rank=0, world=1,
+                       mean=None):
+    """EvaluationSet's batches of this process's share of `numbers`, similar shapes together."""
+    numbers = sorted(numbers, key=lambda i: examples[i].size[1] / examples[i].size[0])[rank::world]
+    batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
+    loader = DataLoader(EvaluationSet(examples, short, long, mean), batch_size=None,
+                        sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
+    yield from tqdm(loader, "evaluating", disable=None if rank == 0 else True, leave=False)
+
+
+@torch.no_grad()
+def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=False, rank=0,
+            world=1, **loading):
+    """What the model says of each example, in their order; collective: each process does its share,
+    all get all. blind: it sees the mean image. loading: of `evaluation_batches`.
+
+    An answer goes by its example's number, so nothing is counted twice however the examples divide
+    among the processes.
+    """
+    model.eval()
+    task.start(examples, tokenizer)
+    mean = mean_image([example.files[0] for example in examples[:500]]) if blind else None
+    about = defaultdict(list)  # the examples about one image: its backbone runs once
+    for i, example in enumerate(examples):
+        about[tuple(example.files)].append(i)
+    about = {numbers[0]: numbers for numbers in about.values()}
+    answers = {}
+    for firsts, images, sizes, padded in evaluation_batches(examples, about, rank=rank, world=world,
+                                                            mean=mean, **loading):
+        numbers = [i for first in firsts for i in about[first]]
+        asked = [examples[i] for i in numbers]
+        tokens = [tokenizer.encode(task.sentences([example])[0]) for example in asked]
+        image = [row for row, first in enumerate(firsts) for _ in about[first]]
+        batch = {"images": images, "sizes": sizes, "padded": padded, "image": torch.tensor(image),
+                 "tokens": pad_tokens(tokens, tokenizer.pad)}
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            found = task.answer(model, batch_to_device(batch, device), asked, tokenizer)
+        answers.update(zip(numbers, found))
+    for share in gather(answers):
+        answers.update(share)
+    return [answers[i] for i in range(len(examples))]
+
 
 # --------------------------------------------------------------------------------------------------
 # Words and what they say of an image
 
 
 class Grounding:
-    """Finds object phrases in sentences and tells whether they are true of an image."""
+    """Finds object phrases in sentences and tells whether they are true of an image.
+
+    An object phrase is a name of the label sets with the attribute words right before it ("small
+    red circle"). It is true if one annotated object has that name and all of these attributes.
+    Nothing else is parsed, so a sentence may have other faults.
+    """
 
     def __init__(self, names, examples=()):
         """names: {"coco", "vg", "attributes": [...]}, each a name with its synonyms after commas.
-        examples: which attributes occur on one object: those that never do (red, blue) can replace one
-        another in a phrase that is made false.
+        examples: which attributes occur on one object: those that never do (red, blue) can replace
+        one another in a phrase that is made false.
         """
         self.source = "vg" if names["vg"] else "coco"
         self.labels = [line.split(",") for line in names[self.source]]
         self.attributes = [line.split(",") for line in names["attributes"]] if names["vg"] else []
-        self.object_of = {}  # name or synonym -> (label, which of the synonyms: plurals meet plurals)
+        self.object_of = {}  # name -> (label, which of its synonyms: plurals meet plurals)
         for label, synonyms in enumerate(self.labels):
             for form, name in enumerate(synonyms):
                 self.object_of.setdefault(name, (label, form))
@@ -103,9 +154,7 @@ class Grounding:
         return [(label, set(its)) for label, its in zip(objects.labels, attributes)]
 
     def find(self, sentence):
-        """[(attributes before it: [(start, end, attribute)], (start, end, label, form))], places in
-        characters.
-        """
+        """[(attributes: [(start, end, attribute)], (start, end, label, form))], in characters."""
         words = [(m.group(), *m.span()) for m in re.finditer(r"[a-z0-9'-]+", sentence.lower())]
         phrases, before = [], []
         i = 0
@@ -132,9 +181,9 @@ class Grounding:
         return any(label == has and set(attributes) <= its for has, its in facts)
 
     def counterfactuals(self, facts, phrase):
-        """For each word of a true phrase (start, end, [words that make it true as well], [words that
-        make it false]). A false word is one of its likes: another name in the same form, or an attribute
-        never met on one object with this one.
+        """For each word of a true phrase (start, end, [words that make it true as well], [words
+        that make it false]). A false word is one of its likes: another name in the same form, or an
+        attribute never met on one object with this one.
         """
         before, (start, end, label, form) = phrase
         attributes = [attribute for _, _, attribute in before]
@@ -151,8 +200,8 @@ class Grounding:
         yield start, end, true, [names[form] if form < len(names) else names[0] for names in false]
 
     def grounded_words(self, facts, sentence):
-        """(start, end, false words) of the sentence's single words that the image decides: no other
-        word would make their phrase true.
+        """(start, end, false words) of the single words that the image decides: no other word would
+        make their phrase true.
         """
         words = []
         for phrase in self.find(sentence):
@@ -163,7 +212,8 @@ class Grounding:
         return words
 
     def all_true(self, facts, sentence):
-        """Whether it names at least one object, and every object phrase in it is true of the image."""
+        """Whether it names at least one object, and every object phrase in it is true of the
+        image."""
         phrases = self.find(sentence)
         return bool(phrases) and all(
             self.is_true(facts, object_[2], [attribute for _, _, attribute in before])
@@ -178,9 +228,9 @@ def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
     """The sentences each image is asked about, the same for each model and run: a list of dicts.
 
     mlm: [(input, labels)], 15 % of the words masked; visual: the same with one word that the image
-    decides masked; itm: [(tokens, 1 or 0)], half of them from another image; foil: the same, half with
-    one grounded word made false. A masked word is always [MASK]: one left in place would flatter a
-    blind model.
+    decides masked; itm: [(tokens, 1 or 0)], half of them from another image; foil: the same, half
+    with one grounded word made false. A masked word is always [MASK]: one left in place would
+    flatter a blind model.
     """
     probes = []
     for number_, example in enumerate(examples):
@@ -210,8 +260,9 @@ def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
             start, end, _ = rng.choice(words)
             hidden = [s < e and s >= start and e <= end for s, e in spans]
             if any(hidden):
-                probe["visual"].append(([tokenizer.mask if h else t for h, t in zip(hidden, tokens)],
-                                        [t if h else -1 for h, t in zip(hidden, tokens)]))
+                masked = [tokenizer.mask if h else t for h, t in zip(hidden, tokens)]
+                labels = [t if h else -1 for h, t in zip(hidden, tokens)]
+                probe["visual"].append((masked, labels))
             words = [word for word in words if word[2]]
             if words and make_false:
                 start, end, false = rng.choice(words)
@@ -231,8 +282,8 @@ def prepare_probes(tokenizer, names, examples):
 
 
 def average_precision(examples, results, source):
-    """(AP, AP50) by pycocotools. results: dicts of image_id (a number in `examples`), category_id, bbox,
-    score. Truth is what the reader kept: crowd regions are absent, not ignored as officially.
+    """(AP, AP50) by pycocotools. results: dicts of image_id (a number in `examples`), category_id,
+    bbox, score. Truth is what the reader kept: crowd regions are absent, not ignored as officially.
     """
     truth = {"info": {}, "images": [], "annotations": [], "categories": []}
     for image_id, example in enumerate(examples):
@@ -256,11 +307,11 @@ def average_precision(examples, results, source):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=False, blind=False, rank=0,
-            world=1, **loading):
+def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=False, blind=False,
+            rank=0, world=1, **loading):
     """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions. Collective: each
-    process does its share. probes: of `prepare_probes`; loading: of `evaluation_batches`. A measure that
-    has nothing to count (no Visual Genome annotation, say) is left out.
+    process does its share. probes: of `prepare_probes`; loading: of `evaluation_batches`. A measure
+    that has nothing to count (no Visual Genome annotation, say) is left out.
     """
     model.eval()
     grounding, asked, mean = probes
@@ -281,7 +332,8 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
                     continue
                 which, sentences, answers = zip(*rows)
                 tokens = pad_tokens(sentences, tokenizer.pad).to(device)
-                states = model.encode(grid.select(torch.tensor(which, device=device)), tokens).states
+                images_of = torch.tensor(which, device=device)
+                states = model.encode(grid.select(images_of), tokens).states
                 if kind in ("itm", "foil"):
                     guesses = model.itm(states[:, 0]).argmax(-1).tolist()
                     tally[name] += [guess == answer for guess, answer in zip(guesses, answers)]
@@ -291,7 +343,8 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
                 right = torch.ones_like(hidden)
                 logits = model.mlm_logits(states[:, :tokens.shape[1]][hidden])
                 right[hidden] = logits.argmax(-1) == labels[hidden]
-                # Each masked token counts, but a visual word of several is right if all of them are.
+                # Each masked token counts, but a visual word of several is right if all of them
+                # are.
                 tally[name] += (right[hidden] if kind == "mlm" else right.all(1)).tolist()
 
             # Objects, with a sentence and without
@@ -306,13 +359,12 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
                         {"image_id": i, "category_id": label, "bbox": box, "score": score}
                         for score, label, box in zip(scores.tolist(), labels.tolist(), pixels)]
 
-            # Attributes of the query that matches an annotated box, without a sentence: of its k true
-            # attributes, how many are among the k most likely
+            # Attributes of the query that matches an annotated box, without a sentence: of its k
+            # true attributes, how many are among the k most likely
             rows = [j for j, example in enumerate(batch) if example.vg is not None and names["vg"]]
             if rows:
                 annotated = [batch[j].vg for j in rows]
-                targets = [{"labels": torch.tensor(objects_.labels, dtype=torch.long, device=device),
-                            "boxes": torch.tensor(objects_.boxes, device=device).view(-1, 4)}
+                targets = [batch_to_device(detection_target("coco", objects_), device)
                            for objects_ in annotated]
                 _, row, query, box = hungarian_match(
                     objects["logits"]["vg"][-1:, rows], objects["boxes"][-1:, rows], targets)
@@ -346,10 +398,12 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
 
 
 def measure_with_blind(*inputs, **settings):
-    """{"val_...": the measures, "blind_...": the same with every image replaced by the mean image}."""
+    """{"val_...": the measures, "blind_...": the same with every image replaced by the mean
+    image}."""
     seen = measure(*inputs, **settings)
     blind = measure(*inputs, blind=True, **settings)
-    return {**{f"val_{k}": v for k, v in seen.items()}, **{f"blind_{k}": v for k, v in blind.items()}}
+    return {**{f"val_{name}": value for name, value in seen.items()},
+            **{f"blind_{name}": value for name, value in blind.items()}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,9 +413,9 @@ def measure_with_blind(*inputs, **settings):
 class Predictor:
     """A checkpoint that answers about images: Predictor("runs/mini/last.pt").caption("photo.jpg").
 
-    An image is a path, a PIL image of any mode, or an array (H, W, 3) uint8; a camera's rotation (EXIF) is
-    applied. What a checkpoint cannot do is an InputError that says what it can: a pre-trained one
-    captions, detects and matches, a fine-tuned one does what its task is.
+    An image is a path, a PIL image of any mode, or an array (H, W, 3) uint8; a camera's rotation
+    (EXIF) is applied. What a checkpoint cannot do is an InputError that says what it can: a
+    pre-trained one captions, detects and matches, a fine-tuned one does what its task is.
     """
 
     def __init__(self, checkpoint, device=None, amp=False, beam=4, alpha=0.9):
@@ -404,8 +458,8 @@ class Predictor:
         except FileNotFoundError:
             raise InputError(f"{image}: no such file") from None
         except Exception as error:  # Pillow raises many kinds
-            raise InputError(f"{image}: cannot be decoded ({error}); images are {', '.join(FORMATS)}") \
-                from None
+            raise InputError(f"{image}: cannot be decoded ({error}); images are of kind "
+                             f"{', '.join(FORMATS)}") from None
 
     @contextlib.contextmanager
     def inference(self):
@@ -432,8 +486,8 @@ class Predictor:
         return self.tokenizer.decode(pieces)
 
     def detect(self, image, threshold=0.5, sentence=None):
-        """[{"label", "attributes": [...], "score", "box": [x, y, w, h] in pixels}], the surest first.
-        sentence: one that the encoder reads beside the image.
+        """[{"label", "attributes": [...], "score", "box": [x, y, w, h] in pixels}], the surest
+        first. sentence: one that the encoder reads beside the image.
         """
         self.require("detect")
         image = self.open(image)
@@ -468,7 +522,8 @@ class Predictor:
                 .sigmoid().item()
 
     def answer(self, image, question):
-        """[(answer, probability)], the five likeliest; they need not sum to 1, each has its sigmoid."""
+        """[(answer, probability)], the five likeliest; they need not sum to 1, each has its
+        sigmoid."""
         self.require("answer")
         with self.inference():
             logits = self.model.classify(*self.encode(self.open(image), sentence=question))
@@ -486,9 +541,9 @@ class Predictor:
 
     def attention(self, image, sentence=None, threshold=0.5):
         """Where each word and each object query looks, a dict: words: the T pieces of the sentence;
-        encoder (L, T, T + S): how each word's attention is shared out among words and cells, by layer,
-        mean over heads, rows sum to 1; objects: as `detect` has them; decoder (L', n, T + S): the
-        cross-attention of their queries; grid: (H, W), H * W = S.
+        encoder (L, T, T + S): how each word's attention is shared out among words and cells, by
+        layer, mean over heads, rows sum to 1; objects: as `detect` has them; decoder (L', n, T +
+        S): the cross-attention of their queries; grid: (H, W), H * W = S.
         """
         image = self.open(image)
         stride = self.model.config.stride
@@ -514,11 +569,12 @@ class Predictor:
 
 @contextlib.contextmanager
 def record_attention(modules, first=None):
-    """The weights (B, heads, T, S) of these Attention modules, one a call, while the block runs; of the
-    first queries only, if a number is given.
+    """The weights (B, heads, T, S) of these Attention modules, one a call, while the block runs; of
+    the first queries only, if a number is given.
 
-    F.scaled_dot_product_attention never gives its weights away (its fast kernels do not even have them),
-    so they are computed again from what it was given: softmax(q k^T / sqrt(width of a head)).
+    F.scaled_dot_product_attention never gives its weights away (its fast kernels do not even have
+    them), so they are computed again from what it was given: softmax(q k^T / sqrt(width of a
+    head)).
     """
     weights = []
 
@@ -563,7 +619,8 @@ def show_objects(axes, image, objects, title=""):
 
 
 def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, long, device="cpu"):
-    """A PNG of held-out images: truth on the left, on the right what the model says, no sentence given.
+    """A PNG of held-out images: truth on the left, on the right what the model says, no sentence
+    given.
     """
     flags = {"short_sides": [short], "long_side": long, "without": without}
     predictor = Predictor.__new__(Predictor).use(model, tokenizer.vocabulary, names, flags, device)
@@ -591,15 +648,13 @@ def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, lo
 
 def read_log(folder):
     """The lines of a run's log.jsonl: [dict]."""
-    path = os.path.join(folder, "log.jsonl")
-    lines = [json.loads(line) for line in read_text(path, "the curves of a run").splitlines()]
-    if not lines:
-        raise InputError(f"{path}: has no line yet")
-    return lines
+    text = read_text(os.path.join(folder, "log.jsonl"), "the curves of a run")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def draw_curves(folders, path):
-    """A PNG of the runs' losses and measures: a small picture each, a colour a run, blind ones dashed."""
+    """A PNG of the runs' losses and measures: a small picture each, a colour a run, blind ones
+    dashed."""
     runs = [(os.path.basename(os.path.normpath(folder)), read_log(folder)) for folder in folders]
     keys = dict.fromkeys(key for _, lines in runs for line in lines for key in line)
     keys = [key for key in keys if key.startswith(("loss", "val_"))]
@@ -636,7 +691,8 @@ def draw_attention(path, image, found, kind):
     layers, rows = weights.shape[:2]
     figure = Figure(figsize=(1.5 * layers + 1, 1.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, layers, squeeze=False)
-    # Cell i of the ResNet's grid is about pixel i * stride: the cells' squares begin half a cell before
+    # Cell i of the ResNet's grid is about pixel i * stride: the cells' squares begin half a cell
+    # before
     x, y = image.width / W, image.height / H
     extent = (-x / 2, image.width - x / 2, image.height - y / 2, -y / 2)
     for row in range(rows):
@@ -644,7 +700,8 @@ def draw_attention(path, image, found, kind):
             ax = axes[row][layer]
             cells = weights[layer, row, T:]
             ax.imshow(image.convert("L"), cmap="gray")
-            ax.imshow(cells.view(H, W), cmap="hot", alpha=0.6, extent=extent, interpolation="bilinear")
+            ax.imshow(cells.view(H, W), cmap="hot", alpha=0.6, extent=extent,
+                      interpolation="bilinear")
             ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
             ax.set_title(f"layer {layer + 1}: {cells.sum():.0%} on the image", fontsize=5)
             if kind == "objects":
@@ -663,43 +720,43 @@ def parse(argv):
         description="Measure a checkpoint, score a result file, or ask about images of your own.",
         usage="evaluate.py --checkpoint FILE (--data DIR | --image IMAGE ...)\n"
               "       evaluate.py --task TASK --score FILE --against FILE\n"
-              "       evaluate.py --curves RUN [RUN ...] --output DIR", formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE", help="what pretrain.py or finetune.py wrote")
+              "       evaluate.py --curves RUN [RUN ...] --output DIR",
+        formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
     g = parser.add_argument_group("measures on a data set")
     g.add_argument("--task", choices=tuple(TASKS), help="the official scores of a task")
     g.add_argument("--data", metavar="DIR", help="the data folder (README: the data tree)")
-    g.add_argument("--index", metavar="DIR", help="where the data's index lies (default: DATA/.index)")
-    g.add_argument("--split", help="train, val (default), test; vqa also test-dev. With --score: that of "
-                   "Karpathy's files which counts (default: test)")
+    g.add_argument("--index", metavar="DIR", help="the data's index (default: DATA/.index)")
+    g.add_argument("--split", help="train, val (default), test; vqa also test-dev. With --score: "
+                   "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")
-    g.add_argument("--examples", type=number(int, 0), default=0, metavar="N",
+    g.add_argument("--examples", type=number(int, 1), metavar="N",
                    help="the first N only; default: all, pre-trained 1000")
     g.add_argument("--blind", action="store_true", help="show the mean image in place of each")
-    g.add_argument("--text", choices=("caption", "none"), help="detection's sentence (default: as trained)")
-    g.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N", help="images")
-    g.add_argument("--workers", type=number(int, 0, 1000), default=min(4, os.cpu_count() or 1),
-                   metavar="N", help="loader processes")
+    g.add_argument("--text", choices=("caption", "none"), help="detection: default as trained")
+    g.add_argument("--batch-size", type=number(int, 1), default=32, help="images at a time")
+    g.add_argument("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1),
+                   help="loader processes")
     g = parser.add_argument_group("anybody's results, no model involved")
     g.add_argument("--score", metavar="FILE", help="a result file")
     g.add_argument("--against", metavar="FILE", help="the official annotation file")
     g.add_argument("--questions", metavar="FILE", help="VQA: the questions that may be answered")
     g = parser.add_argument_group("images of your own")
-    g.add_argument("--image", nargs="+", metavar="IMAGE", help="files or folders: caption and objects")
+    g.add_argument("--image", nargs="+", help="files or folders: caption and objects of each")
     g.add_argument("--question", help="a VQA checkpoint: the five likeliest answers")
     g.add_argument("--statement", help="an NLVR2 checkpoint: is it true of two images?")
-    g.add_argument("--find", metavar="SENTENCE", help="the images by how well the sentence fits")
-    g.add_argument("--sentence", help="does it belong to the image? Objects are looked for with it")
+    g.add_argument("--find", metavar="SENTENCE", help="the images by how well it fits")
+    g.add_argument("--sentence", help="does it belong to the image? Objects are detected with it")
     g.add_argument("--attention", action="store_true",
                    help="draw to --output where each word of --sentence and each object looks")
     g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, metavar="P",
                    help="objects: least probability")
-    parser.add_argument("--curves", nargs="+", metavar="RUN", help="draw the curves of runs (folders)")
     g = parser.add_argument_group("output and model")
-    g.add_argument("--json", metavar="FILE", help="write the measures, or the answers, to this file")
+    g.add_argument("--curves", nargs="+", metavar="RUN", help="draw the curves of runs' folders")
     g.add_argument("--output", metavar="DIR", help="folder for drawings")
-    g.add_argument("--beam", type=number(int, 1, 1000), default=4, metavar="N", help="captions: beams")
-    g.add_argument("--alpha", type=number(float, -10, 10), default=0.9, metavar="A",
-                   help="captions: length penalty")
+    g.add_argument("--json", metavar="FILE", help="write the measures, or answers, to this file")
+    g.add_argument("--beam", type=number(int, 1, 1000), default=4, help="captions: beams")
+    g.add_argument("--alpha", type=number(float, -10, 10), default=0.9, help="length penalty")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N or mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
@@ -707,8 +764,8 @@ def parse(argv):
     ways = [way for way in ("score", "curves", "image", "data") if getattr(args, way)]
     if len(ways) != 1 or args.score and not (args.task and args.against) or \
             ways[0] in ("image", "data") and not args.checkpoint:
-        raise InputError("give --checkpoint and --data (measures) or --image (your own); or --task, "
-                         "--score and --against; or --curves")
+        raise InputError("give --checkpoint and --data (measures) or --image (your own); or "
+                         "--task, --score and --against; or --curves")
     if (args.curves or args.attention) and not args.output:
         raise InputError("--output: give a folder for the drawings")
     for path in (args.json, args.submit):
@@ -726,9 +783,9 @@ def run_data(args):
     model = build_model(state, args.checkpoint).to(device)
     flags, names, trained = state["args"], state["names"], state["config"].task
     tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
-    loading = {"short": max(flags["short_sides"]), "long": flags["long_side"], "workers": args.workers,
-               "batch_size": args.batch_size, "device": device, "amp": args.amp == "bf16", "rank": rank,
-               "world": world}
+    size = {"short": max(flags["short_sides"]), "long": flags["long_side"]}
+    loading = {**size, "workers": args.workers, "batch_size": args.batch_size, "device": device,
+               "amp": args.amp == "bf16", "rank": rank, "world": world}
     if args.task:
         if args.task != trained and (trained or TASKS[args.task].new_head):
             raise InputError(f"--task {args.task}: {args.checkpoint} is "
@@ -755,30 +812,28 @@ def run_data(args):
         return task.score(answers, examples, args.data, split)
 
     if trained or args.submit or args.split or args.blind:
-        raise InputError(f"give --task: {args.checkpoint} is fine-tuned for {trained}" if trained else
-                         "--submit, --split and --blind need a --task")
+        raise InputError(f"give --task: {args.checkpoint} is fine-tuned for {trained}" if trained
+                         else "--submit, --split and --blind need a --task")
     data = pretraining_index(args.data, flags["sets"], args.index, print0)
     if data["names"] != {key: names[key] for key in data["names"]} or not data["val"]:
-        raise InputError(f"--data {args.data}: has no held-out images, or other classes or attributes "
-                         f"than {args.checkpoint}")
+        raise InputError(f"--data {args.data}: has no held-out images, or other classes or "
+                         f"attributes than {args.checkpoint}")
     examples = decodable(data["val"][:args.examples or 1000], print0)
     if args.output and rank == 0:
         draw_sheet(os.path.join(args.output, "sheet.png"), model, tokenizer, names, examples[:12],
-                   flags.get("without", ()), short=loading["short"], long=loading["long"], device=device)
+                   flags.get("without", ()), device=device, **size)
     probes = prepare_probes(tokenizer, names, examples)
     return measure_with_blind(model, tokenizer, names, examples, probes, **loading)
 
 
 def image_files(paths):
     """The files of --image; of a folder those whose ending is an image's."""
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
     files = []
     for path in paths:
-        if os.path.isdir(path):
-            inside = sorted(name for name in os.listdir(path) if name.lower().endswith(
-                (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")))
-            files += [os.path.join(path, name) for name in inside]
-        else:
-            files.append(path)
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else None
+        files += [path] if inside is None else [os.path.join(path, name) for name in inside
+                                                if name.lower().endswith(endings)]
     if not files:
         raise InputError(f"--image {paths[0]}: no image in this folder")
     return files
@@ -829,7 +884,8 @@ def run_images(args):
             print(f"evaluate.py: {error}", file=sys.stderr)
             code = 2
             continue
-        print("\n   ".join([f"{file} ({answer['width']} x {answer['height']})", *lines]), flush=True)
+        head = f"{file} ({answer['width']} x {answer['height']})"
+        print("\n   ".join([head, *lines]), flush=True)
         answers.append(answer)
         if not args.output:
             continue
@@ -856,10 +912,7 @@ def main(argv=None):
         args = parse(argv)
         code = 0
         if args.curves:
-            path = os.path.join(args.output, "curves.png")
-            draw_curves(args.curves, path)
-            print(path)
-            return 0
+            return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
         if args.image:
             found, code = run_images(args)
         elif args.score:

@@ -1,12 +1,13 @@
 """Stage 2: fine-tune a pre-trained E2E-VLP on a task of section 5 (tasks.py has them).
 
-    python finetune.py --task vqa --mini --init runs/mini/last.pt                  # a laptop, minutes
-    python finetune.py --task flickr30k --init runs/pretrain/last.pt --data DIR    # one GPU
-    torchrun --nproc_per_node=8 finetune.py --task vqa --init FILE --data DIR      # the paper's settings
+    python finetune.py --task vqa --mini --init runs/mini/last.pt                # a laptop: minutes
+    python finetune.py --task flickr30k --init runs/pretrain/last.pt --data DIR  # one GPU
+    torchrun --nproc_per_node=8 finetune.py --task vqa --init FILE --data DIR    # the paper's run
 
-`--output` gets log.jsonl, last.pt (with the optimizer: `--resume` goes on from it), best.pt (the best on
-validation) and curves.png. `--init none` starts from nothing, so that what pre-training is worth can be
-seen. The loop is pretrain.train; this file has the flags, the model and the validation.
+`--output` gets log.jsonl, last.pt (with the optimizer: `--resume` goes on from it), best.pt (the
+best on validation) and curves.png. `--init none` starts from nothing, so that what pre-training is
+worth can be seen. The loop is pretrain.train; this file has the flags, the model and the
+validation.
 
 Settings are section 5.1's where it gives them. Clip, the ResNet's rate and weight decay are ours.
 """
@@ -15,32 +16,85 @@ import argparse
 import functools
 import math
 import os
+import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 
-from data import HelpFormatter, InputError, Tokenizer, command, number, print0
-from evaluate import draw_curves
+from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, Tokenizer, command,
+                  load_images, number, pad_images, pad_tokens, print0, to_pixels)
+from evaluate import draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
-from pretrain import (
-    MINI_LOADING,
-    MINI_MODEL,
-    MODEL_FLAGS,
-    Run,
-    add_loading_flags,
-    add_model_flags,
-    add_output_flags,
-    add_training_flags,
-    new_model,
-    parse_resumed,
-    rate_of,
-    train,
-)
-from tasks import TASKS, TaskSet, collate_task, make_task, predict
+from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, add_loading_flags,
+                      add_model_flags, add_output_flags, add_training_flags, new_model,
+                      parse_resumed, rate_of, train)
+from tasks import TASKS, make_task
+
+
+class TaskSet(Dataset):
+    """Examples of a task. Items are asked for as (epoch, index, draw), see data.Batches.
+
+    An item is an image (NLVR2: two) with up to K questions about it, or K of its sentences drawn
+    anew at each visit, which share one pass of the backbone. With K = 1 an item is an example.
+    """
+
+    def __init__(self, task, examples, tokenizer, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
+                 sentences_per_image=1, most=0, seed=0):
+        """examples: MmapList; most: use only the first so many (0: all)."""
+        self.task, self.examples, self.tokenizer, self.seed = task, examples, tokenizer, seed
+        self.short_sides, self.long_side, self.K = short_sides, long_side, sentences_per_image
+        # Item n has the examples order[starts[n]:starts[n + 1]], all about one image
+        self.count = min(len(examples), most or len(examples))
+        numbers = examples.image_numbers[:self.count]
+        self.order = np.argsort(numbers, kind="stable")
+        ordered = numbers[self.order]
+        place = np.arange(self.count) - np.searchsorted(ordered, ordered)  # among its image's
+        self.starts = np.append(np.flatnonzero(place % self.K == 0), self.count)
+        self.sizes = examples.sizes[self.order[self.starts[:-1]]]
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def of_item(self, index):
+        return [self.examples[i] for i in self.order[self.starts[index]:self.starts[index + 1]]]
+
+    def __getitem__(self, key):
+        epoch, index, draw = key
+        rng = random.Random(f"{self.seed} {self.task.name} {epoch} {index}")
+        short = self.short_sides[draw % len(self.short_sides)]
+        images, index, broken = load_images(lambda i: self.of_item(i)[0].files, index, len(self),
+                                            short, self.long_side)
+        examples = self.of_item(index)
+        sentences = self.task.sentences(examples, self.K, rng)
+        return {"images": [to_pixels(image, short, self.long_side) for image in images],
+                "tokens": [self.tokenizer.encode(sentence) for sentence in sentences],
+                "targets": [self.task.target(example) for example in examples],
+                "ids": [example.id for example in examples], "broken": broken}
+
+
+def collate_task(items, pad):
+    """Items of TaskSet -> a batch of B images with N sentences: images, sizes, padded (see
+    pad_images; for NLVR2 2 B, first all left ones, then all right ones); tokens (N, T); image (N,):
+    which of the B each is about; targets: what task.target made, a tensor or, of dicts and None, a
+    list; ids; broken.
+    """
+    sides = zip(*(item["images"] for item in items))
+    images, sizes, padded = pad_images([image for side in sides for image in side])
+    targets = [target for item in items for target in item["targets"]]
+    if isinstance(targets[0], (np.ndarray, np.integer)):
+        targets = torch.from_numpy(np.stack(targets))
+    tokens = [tokens for item in items for tokens in item["tokens"]]
+    image = [n for n, item in enumerate(items) for _ in item["tokens"]]
+    return {"images": images, "sizes": sizes, "padded": padded, "targets": targets,
+            "tokens": pad_tokens(tokens, pad), "image": torch.tensor(image),
+            "ids": [i for item in items for i in item["ids"]],
+            "broken": [message for item in items for message in item["broken"]]}
 
 
 class FineTuning(nn.Module):
@@ -64,12 +118,13 @@ class FineTuning(nn.Module):
 
 
 def parse(argv):
-    """(flags, checkpoint or None). Layers of defaults: the task's, then --mini's or the resumed run's,
-    then what is given.
+    """(flags, checkpoint or None). Layers of defaults: the task's, then --mini's or the resumed
+    run's, then what is given.
     """
     parser = argparse.ArgumentParser(
         usage="finetune.py --task TASK --init FILE [--mini] ... (--help: all flags)",
-        description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5).", formatter_class=HelpFormatter)
+        description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5).",
+        formatter_class=HelpFormatter)
     parser.add_argument("--task", choices=tuple(TASKS), help="what to learn")
     parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world")
     parser.add_argument("--init", metavar="FILE",
@@ -115,8 +170,8 @@ def parse(argv):
 
 
 def initial_model(args, task, names):
-    """(model, tokenizer, names) from --init: its configuration and vocabulary are kept, the task's new
-    head and classes start anew; or from nothing.
+    """(model, tokenizer, names) from --init: its configuration and vocabulary are kept, the task's
+    new head and classes start anew; or from nothing.
     """
     more = dict(task=task.name, classifier_images=task.images,
                 classifier_outputs=len(names["answers"]) if task.new_head else 0)
@@ -129,10 +184,11 @@ def initial_model(args, task, names):
     for flag in (*MODEL_FLAGS, "backbone_weights", "vocab"):
         value = getattr(args, flag)
         if flag != "dropout" and value is not None and value != getattr(config, flag, None):
-            raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave the "
-                             "flag away, or give --init none")
+            raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave "
+                             "the flag away, or give --init none")
     if config.task not in ("", task.name):
-        raise InputError(f"--init {args.init}: is fine-tuned for {config.task}; give a pre-trained one")
+        raise InputError(f"--init {args.init}: is fine-tuned for {config.task}; give a pre-trained "
+                         "one")
     for key in names:
         if names[key] != state["names"].get(key, names[key]):
             raise InputError(f"--data {args.data}: its {key} names are not those of {args.init}")
@@ -146,7 +202,6 @@ def initial_model(args, task, names):
 def finetune(args, state):
     run = Run(args, state)
     task = make_task(args.task, vars(args))
-    task.check_batch(run.micro_batch)
     index = {split: task.index(args.data, split, args.index, print0) for split in ("train", "val")}
     val = index["val"]["examples"]
     val = val[:args.val_examples] if args.val_examples else val
@@ -158,7 +213,8 @@ def finetune(args, state):
     else:
         names["answers"] = []
         if task.new_head:
-            names["answers"] = task.choose_labels(index["train"]["targets"], index["val"]["targets"])
+            names["answers"] = task.choose_labels(index["train"]["targets"],
+                                                  index["val"]["targets"])
         model, tokenizer, names = initial_model(args, task, names)
     task.labels = names["answers"]
     model.to(run.device)
@@ -176,8 +232,8 @@ def finetune(args, state):
     dataset = TaskSet(task, index["train"]["examples"], tokenizer, short_sides=args.short_sides,
                       long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
                       most=args.train_examples, seed=args.seed)
-    print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, {len(val)} to "
-           f"validate" + (f", {len(task.labels)} answers" if task.labels else ""))
+    print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, "
+           f"{len(val)} to validate" + (f", {len(task.labels)} answers" if task.labels else ""))
     per_epoch = len(dataset) / args.batch_size
     steps = args.steps or math.ceil(args.epochs * per_epoch)
     optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],

@@ -12,6 +12,7 @@ Boxes are cxcywh as fractions (0 .. 1) of the unpadded image, unless a name says
 of the padded image they would depend on the other images of the batch, which the model cannot see.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -36,6 +37,24 @@ def box_cxcywh_to_xyxy(boxes):
     """(..., 4) centre and size -> corners."""
     cx, cy, w, h = boxes.unbind(-1)
     return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1)
+
+
+def box_in_fractions(box, width, height):
+    """x, y, w, h in pixels -> cx, cy, w, h as fractions, clipped; None if nothing is inside."""
+    x0, y0, w, h = box
+    x1, y1 = min(x0 + w, width), min(y0 + h, height)
+    x0, y0 = max(x0, 0), max(y0, 0)
+    if not (x1 > x0 and y1 > y0):
+        return None
+    return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
+
+
+def boxes_in_pixels(boxes, size):
+    """(n, 4) cxcywh fractions, (height, width) -> x, y, w, h in pixels, as COCO's files have."""
+    height, width = size
+    cx, cy, w, h = boxes.unbind(-1)
+    scale = boxes.new_tensor([width, height, width, height])
+    return torch.stack([cx - w / 2, cy - h / 2, w, h], dim=-1) * scale
 
 
 def generalized_box_iou(a, b):
@@ -114,6 +133,20 @@ def hungarian_match(logits, boxes, targets):
             first_row += n
     matches = torch.tensor(matches, dtype=torch.long).view(-1, 4)
     return to_device(matches, device).unbind(1)
+
+
+def detection_target(source, objects, attributes=0):
+    """What `set_loss` compares with, of an image's data.Objects; attributes: how many kinds there
+    are. NumPy arrays until they reach the device: each tensor that a loader worker hands over takes
+    an open file, and there would be thousands.
+    """
+    target = {"source": source, "boxes": np.array(objects.boxes, np.float32).reshape(-1, 4),
+              "labels": np.array(objects.labels, np.int64)}
+    if source == "vg":
+        target["attributes"] = np.zeros((len(objects.boxes), attributes), np.float32)
+        for row, numbers in zip(target["attributes"], objects.attributes):
+            row[numbers] = 1
+    return target
 
 
 def loss_normalizers(targets, queries):

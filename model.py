@@ -1,19 +1,19 @@
 """E2E-VLP, the whole architecture (Xu et al., ACL 2021): one transformer that reads an image with a
 sentence.
 
-Read from top to bottom. B images and their sentences of T word pieces go through it like this; the
+Read from top to bottom. B images and their sentences of T word pieces go through it like this; an
 image becomes a grid of S = H * W cells:
 
-    pixels (B, 3, H0, W0) -> Backbone -> grid (B, S, D) -+-> encoder -> MLM, ITM             (3.1.2)
+    pixels (B, 3, H0, W0) -> Backbone -> grid (B, S, D) -+-> encoder -> MLM, ITM         (3.1.2)
     tokens (B, T) -> SentenceEmbedding -> (B, T, D) -----+      |
-                                                                +-> decoder + queries -> objects (3.1.3)
-    grid alone ------------------------------> encoder -> decoder + words -> caption     (3.1.3)
+                                                                +-> decoder + queries -> objects
+    grid alone ------------------------> encoder -> decoder + words -> caption           (3.1.3)
 
 `python model.py` takes an image and a sentence this way and prints what comes out of each step and
 what it costs.
 
 Departures from the paper, each with its reason in the README's table of choices:
-  - 256 units do not divide into 12 heads: a head is 32 wide, so attention projects 256 -> 384 -> 256;
+  - 256 units do not divide into 12 heads: a head is 32 wide, attention projects 256 -> 384 -> 256;
   - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes
     of Table 5's models of 12 layers);
   - the caption is decoded from a second pass of the encoder over the image alone, so that it cannot
@@ -49,12 +49,12 @@ BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "r
 class Config:
     """Everything that is needed to build the model again; it travels inside the checkpoint.
 
-    The sizes are section 4.2's; what the paper leaves open (queries, dropout ...) is in the README's
-    table of choices.
+    The sizes are section 4.2's; what the paper leaves open (queries, dropout ...) is in the
+    README's table of choices.
     """
 
     backbone: str = "r50"           # one of BACKBONES
-    stride: int = 32                # pixels per cell: 32 ends the ResNet at C5 (the paper), 16 at C4
+    stride: int = 32                # pixels a cell: 32 ends the ResNet at C5 (the paper), 16 at C4
     frozen_batch_norm: bool = True  # with ImageNet weights; an untrained ResNet must not be frozen
     width: int = 256                # D: hidden units
     heads: int = 12
@@ -69,8 +69,8 @@ class Config:
     temperature: float = 10000.0    # longest wavelength of the sine positions, in image widths
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # without no-object
     attributes: int = 400
-    task: str = ""                  # what it was fine-tuned for, a name in tasks.py; "": pre-trained
-    classifier_images: int = 1      # the new head of a fine-tuning reads the [CLS] of so many images
+    task: str = ""                  # what it was fine-tuned for, a name of tasks.TASKS
+    classifier_images: int = 1      # a fine-tuning's new head reads the [CLS] of so many images
     classifier_outputs: int = 0     # and has so many outputs; 0: the task needs no new head
     pad: int = 0                    # special word pieces; their ids depend on the vocabulary
     cls: int = 101
@@ -106,9 +106,9 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 class FoldedConv(nn.Conv2d):
     """A convolution with the frozen batch norm that follows it.
 
-    scale * conv(x, w) + shift = conv(x, scale * w) + shift, with a scale for each output channel: the
-    few weights are multiplied instead of the many pixels, which spares two passes over the largest
-    tensors of the whole model. It is done at each step, because the weights learn.
+    scale * conv(x, w) + shift = conv(x, scale * w) + shift, with a scale for each output channel:
+    the few weights are multiplied instead of the many pixels, which spares two passes over the
+    largest tensors of the whole model. It is done at each step, because the weights learn.
     """
 
     def forward(self, x):
@@ -132,11 +132,12 @@ def maybe_checkpoint(module, *inputs, enabled=False, **kwargs):
 
 
 class Backbone(nn.Module):
-    """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D channels.
+    """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D
+    channels.
 
     Stride 32 ends at C5 (2048 channels for r50 and deeper). Stride 16 ends at C4, so that an image
-    of 64 x 64 pixels still has 4 x 4 cells. The other way to that grid, DETR's DC5, dilates the last
-    stage, already the widest, and makes it four times as costly.
+    of 64 x 64 pixels still has 4 x 4 cells. The other way to that grid, DETR's DC5, dilates the
+    last stage, already the widest, and makes it four times as costly.
     """
 
     def __init__(self, config):
@@ -170,7 +171,8 @@ class Backbone(nn.Module):
         self.masks = None
         level = 0  # how often the sides have been halved before a layer
         for module in self.resnet.modules():
-            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size not in (1, (1, 1)):
+            looks = isinstance(module, (nn.Conv2d, nn.MaxPool2d))
+            if looks and module.kernel_size not in (1, (1, 1)):
                 module.level = level
                 module.register_forward_pre_hook(self.zero_padding)
                 level += module.stride in (2, (2, 2))
@@ -181,17 +183,17 @@ class Backbone(nn.Module):
 
     def forward(self, images, sizes, padded=True, recompute=False):
         """images (B, 3, H0, W0) uint8 RGB, padded right and below; sizes (B, 2) int64, the true
-        height and width; padded: False promises that no image is smaller than the tensor, and spares
-        the masking; recompute: see `maybe_checkpoint` (not where batch norm trains: it would count
-        each batch twice).
+        height and width; padded: False promises that no image is smaller than the tensor, and
+        spares the masking; recompute: see `maybe_checkpoint` (not where batch norm trains: it would
+        count each batch twice).
 
         Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is image.
         """
         B, _, H0, W0 = images.shape
         device = images.device
-        rows = torch.arange(H0, device=device)[None, :, None] < sizes[:, 0, None, None]     # (B, H0, 1)
-        columns = torch.arange(W0, device=device)[None, None, :] < sizes[:, 1, None, None]  # (B, 1, W0)
-        mask = rows & columns                                                               # (B, H0, W0)
+        rows = torch.arange(H0, device=device)[:, None] < sizes[:, 0, None, None]     # (B, H0, 1)
+        columns = torch.arange(W0, device=device)[None] < sizes[:, 1, None, None]     # (B, 1, W0)
+        mask = rows & columns                                                         # (B, H0, W0)
         levels = [mask[:, None]]
         for _ in range(5 if self.resnet.layer4 is not None else 4):
             mask = mask[:, ::2, ::2]  # a layer of stride 2 gives ceil(h / 2) rows: 0, 2, 4 ...
@@ -205,54 +207,52 @@ class Backbone(nn.Module):
         x = (images.float() / 255 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         net = self.resnet
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))                     # (B, 64, H0 / 4, W0 / 4)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))               # (B, 64, H0 / 4, W0 / 4)
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):
             for block in stage:  # the first block of each stage but layer1 halves the sides
                 x = maybe_checkpoint(masked, block, x, enabled=recompute and self.frozen)
         self.masks = None
         assert x.shape[-2:] == mask.shape[-2:]
-        return self.project(x), mask                                         # (B, D, H, W)
+        return self.project(x), mask                                   # (B, D, H, W), (B, H, W)
 
     def load_weights(self, weights):
         """Load ImageNet weights: "imagenet" (torchvision's, downloaded once) or a file with a
         torchvision state dict. InputError if there is neither network nor file, or it does not fit.
         """
-        path = imagenet_file(self.architecture) if weights == "imagenet" else weights
-        state = load_file(path, "--backbone-weights")
+        if weights == "imagenet":
+            state = imagenet_weights(self.architecture)
+        else:
+            state = load_file(weights, "--backbone-weights")
         try:
             result = self.resnet.load_state_dict(state, strict=False)
         except RuntimeError as error:  # a tensor of another shape, or no tensor
-            raise InputError(f"--backbone-weights {path}: not weights of {self.architecture} "
+            raise InputError(f"--backbone-weights {weights}: not weights of {self.architecture} "
                              f"({str(error).splitlines()[-1].strip()})") from None
         missing = [key for key in result.missing_keys if "num_batches_tracked" not in key]
         if missing:
-            raise InputError(f"--backbone-weights {path}: not weights of {self.architecture} "
+            raise InputError(f"--backbone-weights {weights}: not weights of {self.architecture} "
                              f"({len(missing)} tensors are missing, the first is {missing[0]})")
 
 
-def imagenet_file(architecture):
-    """The path of torchvision's ImageNet weights in torch.hub's folder, downloaded if not there."""
+def imagenet_weights(architecture):
+    """torchvision's ImageNet weights, from torch.hub's folder or downloaded to it."""
     url = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1.url
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.exists(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            hash_prefix = path.rsplit("-", 1)[1].removesuffix(".pth")
-            torch.hub.download_url_to_file(url, path, hash_prefix, progress=False)
-        except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
-            raise InputError(f"no ImageNet weights for {architecture} ({error}): download {url} to "
-                             f"{path}, or give --backbone-weights FILE or none") from None
-    return path
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False,
+                                                  check_hash=True, weights_only=True)
+    except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
+        raise InputError(f"no ImageNet weights for {architecture} ({error}): download {url} to "
+                         f"{torch.hub.get_dir()}/checkpoints, or give --backbone-weights FILE or "
+                         "none") from None
 
 
 def sine_positions(mask, width, temperature=10000.0):
     """Fixed 2-D sine positions as in DETR. mask (B, H, W) bool; returns (B, H * W, width) float32.
 
-    Half of the channels tell the row, half the column, as sines and cosines of growing wavelength.
-    Rows and columns are counted over the unpadded area and scaled to 0 .. 2 pi, so a cell at the
-    right border reads the same for each size. The wavelengths grow from the image's side to
-    `temperature` times that: with DETR's 10000 most channels are nearly constant, with 20 all of
-    them tell places apart (DAB-DETR's "temperature tuning"), and a small grid is learnt sooner.
+    Half of the channels tell the row, half the column, as sines and cosines. Rows and columns are
+    counted over the unpadded area and scaled to 0 .. 2 pi. The wavelengths grow from the image's
+    side to `temperature` times that: with DETR's 10000 most channels are nearly constant, with 20
+    all tell places apart (DAB-DETR's "temperature tuning"), and a small grid is learnt sooner.
     """
     B, H, W = mask.shape
     y = mask.float().cumsum(1)  # 1, 2, 3 ... down the image
@@ -325,9 +325,8 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, config):
-        super().__init__(nn.Linear(config.width, config.feed_forward), nn.GELU(),
+def feed_forward(config):
+    return nn.Sequential(nn.Linear(config.width, config.feed_forward), nn.GELU(),
                          nn.Dropout(config.dropout), nn.Linear(config.feed_forward, config.width))
 
 
@@ -337,7 +336,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = feed_forward(config)
         self.norm1 = nn.LayerNorm(config.width)
         self.norm2 = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -346,9 +345,9 @@ class EncoderLayer(nn.Module):
         """x, positions (B, S, D); mask (B, S) or None; outputs: compute only the first so many."""
         # Positions go to queries and keys but not to values: they decide who looks at whom; what is
         # carried along is content alone. They go in at each layer, because post-norm layers soon
-        # wash out what was added once. How, then, can the model know where a box is? What is carried
-        # along depends on who looks where, and the zeros around the input of each convolution of the
-        # ResNet leave traces of the place in the content itself.
+        # wash out what was added once. How, then, can the model know where a box is? What is
+        # carried along depends on who looks where, and the zeros around the input of each
+        # convolution of the ResNet leave traces of the place in the content itself.
         x_with_pos = x + positions
         keys_values = self.attention.keys_values(x_with_pos, x)
         x, x_with_pos = x[:, :outputs], x_with_pos[:, :outputs]
@@ -368,7 +367,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attention = Attention(config)
         self.cross_attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = feed_forward(config)
         self.norm1 = nn.LayerNorm(config.width)
         self.norm2 = nn.LayerNorm(config.width)
         self.norm3 = nn.LayerNorm(config.width)
@@ -391,7 +390,8 @@ class DecoderLayer(nn.Module):
                                     for old, new in zip(cache["words"], keys_values))
             cache["words"] = keys_values
             causal = False  # the newest word may see all there is
-        x = self.norm1(x + self.dropout(self.self_attention(x_with_pos, keys_values, causal=causal)))
+        attended = self.self_attention(x_with_pos, keys_values, causal=causal)
+        x = self.norm1(x + self.dropout(attended))
 
         # The encoding is the same from word to word, so generation computes its keys once
         keys_values = self.memory_keys_values(memory) if cache is None else cache["memory"]
@@ -415,10 +415,8 @@ class Memory:
 
     def repeat(self, n):
         """Each image n times in a row: (B * n, S, D)."""
-        if n == 1:
-            return self
         indices = torch.arange(len(self.states), device=self.states.device)
-        return self.select(indices.repeat_interleave(n))
+        return self if n == 1 else self.select(indices.repeat_interleave(n))
 
 
 class ClassifierHead(nn.Sequential):
@@ -427,14 +425,6 @@ class ClassifierHead(nn.Sequential):
     def __init__(self, width, hidden, outputs):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden),
                          nn.Linear(hidden, outputs))
-
-
-class MLP(nn.Sequential):
-    """Three linear layers with ReLU between, DETR's box head."""
-
-    def __init__(self, width, outputs):
-        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-                         nn.Linear(width, outputs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,7 +462,8 @@ class E2EVLP(nn.Module):
         # hence the 91 classes of DETR.
         self.classes = nn.ModuleDict(
             {source: nn.Linear(c.width, n + 1) for source, n in c.classes.items()})
-        self.box = MLP(c.width, 4)
+        self.box = nn.Sequential(nn.Linear(c.width, c.width), nn.ReLU(),
+                                 nn.Linear(c.width, c.width), nn.ReLU(), nn.Linear(c.width, 4))
         self.attribute = nn.Linear(c.width, c.attributes)
         self.caption = nn.Linear(c.width, c.vocabulary, bias=False)
 
@@ -483,13 +474,14 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT). The queries'
-        positions keep torch's normal with deviation 1 (DETR), the ResNet torchvision's own.
+        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT). The
+        queries' positions keep torch's normal with deviation 1 (DETR), the ResNet torchvision's
+        own.
 
-        Residual branches are scaled by 0.05, so that a new layer changes little. Else a dozen random
-        post-norm layers first blur the image's cells into one another, and nothing is found until
-        that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention keeps its size: at
-        first an object query has no content of its own to keep.
+        Residual branches are scaled by 0.05, so that a new layer changes little. Else a dozen
+        random post-norm layers first blur the image's cells into one another, and nothing is found
+        until that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention keeps its size:
+        at first an object query has no content of its own to keep.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("backbone.resnet"):
@@ -553,8 +545,8 @@ class E2EVLP(nn.Module):
 
     def decode_objects(self, memory):
         """Detection: (L, B, Q, D), the output after each of the L layers, for auxiliary losses."""
-        # Why zero targets? A query starts with no content at all, only with its position; what it is
-        # about comes from the encoding by cross-attention. (DETR names these zeros `tgt`.) Until
+        # Why zero targets? A query starts with no content at all, only with its position; what it
+        # is about comes from the encoding by cross-attention. (DETR names these zeros `tgt`.) Until
         # then, in the first layer's self-attention, the values of all queries are alike.
         B, _, D = memory.states.shape
         x = memory.states.new_zeros(B, self.config.queries, D)
@@ -571,9 +563,9 @@ class E2EVLP(nn.Module):
         L - 1 is the answer, the others are for the auxiliary losses.
         """
         x = self.decode_objects(memory)
-        # All layers share their heads: each says the same kind of thing, and the next may refine it.
-        # A box is given itself, not as a shift of an anchor; the sigmoid keeps it between 0 and 1.
-        # In float32 throughout: bf16 has so few digits that edges would be up to a pixel off.
+        # All layers share their heads: each says the same kind of thing, and the next may refine
+        # it. A box is given itself, not as a shift of an anchor; the sigmoid keeps it between 0 and
+        # 1. In float32 throughout: bf16 has so few digits that edges would be up to a pixel off.
         with torch.autocast(x.device.type, enabled=False):
             boxes = self.box(full_precision(x)).sigmoid()
         logits = {source: head(x) for source, head in self.classes.items()}
@@ -595,10 +587,9 @@ class E2EVLP(nn.Module):
     # -- pre-training ------------------------------------------------------------------------------
 
     def forward(self, batch):
-        """What the four losses of section 3.2 need, in one pass, so that every parameter takes part
-        in each step.
+        """What the four losses of section 3.2 need, in one pass.
 
-        batch (see data.collate): images, sizes, padded, tokens (B, K, T), mlm_positions (M,),
+        batch (see pretrain.collate): images, sizes, padded, tokens (B, K, T), mlm_positions (M,),
         captions (B, K, Tc), no_sentence (B,). K sentences share one pass of the backbone. Returns
         mlm (M, V) for the M masked tokens, itm (B * K, 2), objects (see `detect`), caption
         (B * K, Tc - 1, V); with batch["object_cells"] also grid_words (N, V) for the N objects.
@@ -620,7 +611,7 @@ class E2EVLP(nn.Module):
 
         # Detection decodes pass 1 (with the first of the K sentences), and for some images pass 2,
         # so that it also works without a sentence. The words' places are then there but masked.
-        skip = batch["no_sentence"][:, None]                                     # (B, 1), True: skip
+        skip = batch["no_sentence"][:, None]                                     # (B, 1) bool
         first = joint.select(torch.arange(0, B * K, K, device=skip.device))      # (B, T + S, D)
         cells = torch.where(skip[..., None], alone.states, first.states[:, T:])
         states = torch.cat([first.states[:, :T], cells], dim=1)
@@ -673,7 +664,7 @@ class E2EVLP(nn.Module):
         B, device = len(memory.states), memory.states.device
         longest = (max_tokens or c.max_tokens) - 1
         tokens = torch.full((B * beam, 1), c.cls, device=device)                 # row b * beam + j
-        prefixes = [[] for _ in range(B * beam)]                                 # the same on the host
+        prefixes = [[] for _ in range(B * beam)]                                 # on the host
         # At first all beams of an image are alike: only the first may go on, else they stay alike.
         scores = torch.full((B, beam), -math.inf, device=device)
         scores[:, 0] = 0
@@ -689,10 +680,10 @@ class E2EVLP(nn.Module):
 
         for length in range(1, longest + 1):
             if cache:
-                logits = self.decode_caption(memory, tokens[:, -1:], caches, start=length - 1)[:, -1]
+                logits = self.decode_caption(memory, tokens[:, -1:], caches, start=length - 1)
             else:
-                logits = self.decode_caption(memory, tokens)[:, -1]
-            log_p = logits.float().index_fill(1, never, -math.inf).log_softmax(-1)
+                logits = self.decode_caption(memory, tokens)
+            log_p = logits[:, -1].float().index_fill(1, never, -math.inf).log_softmax(-1)
             total = scores[:, :, None] + log_p.view(B, beam, -1)                 # (B, beam, V)
             V = total.shape[2]
             # 2 * beam candidates are enough for beam of them to go on: a beam ends in one way only.
@@ -700,7 +691,7 @@ class E2EVLP(nn.Module):
             best, place = best.tolist(), place.tolist()  # one wait for the device, for all images
 
             penalty = ((5 + length) / 6) ** alpha
-            going_on = []                                                        # (score, row, word)
+            going_on = []                                                        # score, row, word
             for b in range(B):
                 live = []
                 for rank, (score, at) in enumerate(zip(best[b], place[b])):
@@ -746,9 +737,8 @@ FORMAT = "e2e-vlp 2"
 def save_checkpoint(path, model, vocabulary, names, **more):
     """Write a checkpoint to a temporary name, sync it, rename it: `path` is always whole.
 
-    vocabulary: list of word pieces; names: {"coco": [...], "vg": [...], "attributes": [...]}, what
-    the outputs mean; more: what a stage needs to go on (optimizer, step ...), tensors and plain
-    Python values only. InputError if it cannot be written.
+    names: {"coco", "vg", "attributes": [...]}, what the outputs mean; more: what a stage needs to
+    go on (optimizer, step ...), tensors and plain values only. InputError if it is not written.
     """
     state = {"format": FORMAT, "model": model.state_dict(), "config": asdict(model.config),
              "vocabulary": vocabulary, "names": names, **more}
@@ -759,7 +749,7 @@ def save_checkpoint(path, model, vocabulary, names, **more):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides what the file said in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save hides what the file said in the latter
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -770,7 +760,8 @@ def save_checkpoint(path, model, vocabulary, names, **more):
 
 
 def load_file(path, flag):
-    """A file of tensors and plain values (weights_only: it cannot run code). InputError names it."""
+    """A file of tensors and plain values (weights_only: it cannot run code). InputError names
+    it."""
     if not os.path.isfile(path):
         raise InputError(f"{flag} {path}: no such file")
     try:
@@ -789,8 +780,7 @@ def load_file(path, flag):
 
 
 def load_checkpoint(path, flag="--checkpoint"):
-    """Read what save_checkpoint wrote: the dict, with "config" as a Config. InputError if it is
-    none."""
+    """What save_checkpoint wrote, "config" as a Config. InputError if it is something else."""
     state = load_file(path, flag)
     try:
         if state["format"] != FORMAT:
@@ -836,11 +826,11 @@ def load_pretrained(model, state, say=print):
 
 @torch.no_grad()
 def walk(config, height, width, words):
-    """The forward pass of pre-training for an image of random pixels and a sentence of random words.
+    """The forward pass of pre-training for random pixels and a sentence of random words.
 
-    height, width: pixels; words: word pieces, [CLS] and [SEP] included. Returns rows (step, shape of
-    its output, parameters, FLOPs, name in this file, section of the paper). A parameter counts in
-    the first row that uses it.
+    height, width: pixels; words: word pieces, [CLS] and [SEP] included. Returns rows (step, shape
+    of its output, parameters, FLOPs, name in this file, section of the paper). A parameter counts
+    in the first row that uses it.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -910,10 +900,9 @@ def main(argv=None):
         formatter_class=HelpFormatter)
     parser.add_argument("--height", type=number(int, 1, 2000), default=800, help="pixels")
     parser.add_argument("--width", type=number(int, 1, 2000), default=1333, help="pixels")
-    parser.add_argument("--words", type=number(int, 3, 40), default=12,
-                        help="word pieces, [CLS] and [SEP] included")
+    parser.add_argument("--words", type=number(int, 3, 40), default=12, help="word pieces")
     parser.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="the ResNet")
-    parser.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels per cell")
+    parser.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a cell")
     parser.add_argument("--encoder-layers", type=number(int, 1, 100), default=12, help="6 or 12")
 
     def work():
@@ -921,18 +910,14 @@ def main(argv=None):
         config = Config(backbone=args.backbone, stride=args.stride,
                         encoder_layers=args.encoder_layers)
         rows = walk(config, args.height, args.width, args.words)
-        parameters = sum(row[2] for row in rows)
-        flops = sum(row[3] for row in rows)
-        rows.append(("total", "", parameters, flops, "E2EVLP.forward", "3.2, Eq. 3"))
-        print(f"An image of {args.height} x {args.width} pixels and a sentence of {args.words} word "
-              f"pieces, random like the weights ({args.backbone}).\n")
-        line = "{:34}  {:22}  {:>11}  {:>17}  {:22}  {}"
-        print(line.format("step", "shape of the output", "parameters", "FLOPs", "in model.py", "paper"))
+        totals = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        rows.append(("total", "", *totals, "E2EVLP.forward", "3.2, Eq. 3"))
+        line = "{:32} {:22} {:>11} {:>17}  {:22} {}"
+        print(line.format("step", "output", "parameters", "FLOPs", "in model.py", "paper"))
         for step, shape, count, flops, name, section in rows:
             print(line.format(step, str(shape), f"{count:,}", f"{flops:,}", name, section))
-        print("\nwords and grid: [CLS] w1 .. wm [SEP] o1 .. oS. (shared): an earlier row has these "
-              "parameters, and\nthey count once. FLOPs: 2 for each multiply-add of convolutions, "
-              "linear layers and attention.")
+        print("\n(shared): an earlier row has these parameters, and they count once. FLOPs: 2 a "
+              "multiply-add of\nconvolutions, linear layers and attention.")
 
     return command("model.py", work)
 

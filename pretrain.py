@@ -1,23 +1,25 @@
-"""Stage 1: pre-train E2E-VLP end to end, from pixels and words, with four losses at once (section 3.2).
+"""Stage 1: pre-train E2E-VLP end to end, from pixels and words, with four losses at once (section
+3.2).
 
     python pretrain.py --mini                                          # a laptop: 19 minutes
     python pretrain.py --backbone r50 --data DIR                       # one GPU
     torchrun --nproc_per_node=8 pretrain.py --backbone r152 --data DIR # the paper's run
 
-In this file: an image as a training item and as a batch; the four losses; **the** training loop, which
-fine-tuning uses too; what the loop calls by name (class Run: output folder, resume, clock, log); flags;
-the run.
+In this file: an image as a training item and as a batch; the four losses; **the** training loop,
+which fine-tuning uses too; what the loop calls by name (class Run: output folder, resume, clock,
+log); flags; the run.
 
-`--output` gets log.jsonl, last.pt (weights, configuration, vocabulary, optimizer: all that is needed to
-use it or to go on), curves.png and sheet.png (held-out images: truth beside answer) at each validation.
-`--mini` is only a set of other defaults, see `MINI`; any flag given explicitly wins over it. Ctrl-C,
-SIGTERM and SIGUSR1 finish the step and write last.pt; `--resume` ends with the weights of a run that
-never stopped.
+`--output` gets log.jsonl, last.pt (weights, configuration, vocabulary, optimizer: all that is
+needed to use it or to go on), curves.png and sheet.png (held-out images: truth beside answer) at
+each validation. `--mini` is only a set of other defaults, see `MINI`; any flag given explicitly
+wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish the step and write last.pt; `--resume` ends with
+the weights of a run that never stopped.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -26,53 +28,24 @@ import sys
 import time
 from collections import defaultdict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import shapes
-from data import (
-    LONG_SIDE,
-    SHORT_SIDES,
-    Batches,
-    HelpFormatter,
-    InputError,
-    NotedSignal,
-    Tokenizer,
-    all_sum,
-    batch_to_device,
-    command,
-    decodable,
-    detection_target,
-    gather,
-    ignore_signals,
-    init_processes,
-    load_images,
-    mask_tokens,
-    number,
-    on_first_process,
-    other_sentence,
-    pad_images,
-    pad_tokens,
-    pretraining_index,
-    print0,
-    to_pixels,
-)
+from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal,
+                  Tokenizer, all_sum, batch_to_device, command, decodable, gather, ignore_signals,
+                  init_processes, load_images, mask_tokens, number, on_first_process,
+                  other_sentence, pad_images, pad_tokens, pretraining_index, print0, to_pixels)
 from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
-from matcher import LOSS_WEIGHTS, loss_normalizers, set_loss
-from model import (
-    BACKBONES,
-    E2EVLP,
-    Config,
-    build_model,
-    count_parameters,
-    load_checkpoint,
-    save_checkpoint,
-)
+from matcher import LOSS_WEIGHTS, detection_target, loss_normalizers, set_loss
+from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
+                   save_checkpoint)
 
 # --------------------------------------------------------------------------------------------------
 # An image as a training item, and a batch of them
@@ -86,8 +59,8 @@ class PretrainingSet(Dataset):
     def __init__(self, examples, tokenizer, num_attributes, *, short_sides=SHORT_SIDES,
                  long_side=LONG_SIDE, sentences_per_image=1, without_sentence=0.25, seed=0,
                  named=frozenset(), named_share=0.15, words=None):
-        """named, named_share: of mask_tokens; words: {"coco", "vg", "attributes": the word pieces of
-        each name}, with which an item has the words of each object too (the grid-word loss).
+        """named, named_share: of mask_tokens; words: {"coco", "vg", "attributes": the word pieces
+        of each name}, with which an item has the words of each object too (the grid-word loss).
         """
         self.examples, self.tokenizer, self.num_attributes = examples, tokenizer, num_attributes
         self.short_sides, self.long_side = short_sides, long_side
@@ -110,11 +83,12 @@ class PretrainingSet(Dataset):
             matched = rng.random() < 0.5
             other = None if matched else other_sentence(self.examples, index,
                                                         place < example.captions, rng)
-            # Both kinds of pairs have masked tokens, or ITM would only learn to look for [MASK]. But
-            # they are only asked for where the sentence is true of the image: a mismatched pair
+            # Both kinds of pairs have masked tokens, or ITM would only learn to look for [MASK].
+            # But they are only asked for where the sentence is true of the image: a mismatched pair
             # would teach MLM to ignore it. The captioning target is always the image's own.
             sentence = caption if other is None else self.tokenizer.encode(other)
-            tokens, labels = mask_tokens(sentence, self.tokenizer, rng, self.named, self.named_share)
+            tokens, labels = mask_tokens(sentence, self.tokenizer, rng, self.named,
+                                         self.named_share)
             item["tokens"].append(tokens)
             item["mlm_labels"].append(labels if other is None else [-1] * len(labels))
             item["itm_labels"].append(int(other is None))
@@ -135,13 +109,13 @@ class PretrainingSet(Dataset):
 
 def collate(items, pad, stride):
     """Items of PretrainingSet -> a batch: images, sizes, padded (see pad_images), tokens (B, K, T),
-    mlm_positions (M,): the masked tokens' places in tokens.flatten(), mlm_labels (M,): what they were,
-    captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the image), no_sentence (B,)
-    (True = detection without a sentence), targets: B dicts, see matcher.set_loss.
+    mlm_positions (M,): the masked tokens' places in tokens.flatten(), mlm_labels (M,): what they
+    were, captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the image),
+    no_sentence (B,) (True = detection without a sentence), targets: B dicts, see matcher.set_loss.
 
-    For the grid-word loss: object_cells (N,): the cell of the grid that each object's centre lies in,
-    counted over the batch; word_pieces (k,), word_objects (k,): the words of each object, word_weights
-    (k,): those of an object sum to 1.
+    For the grid-word loss: object_cells (N,): the cell of the grid that each object's centre lies
+    in, counted over the batch; word_pieces (k,), word_objects (k,): the words of each object,
+    word_weights (k,): those of an object sum to 1.
     """
     images, sizes, padded = pad_images([item["image"] for item in items])
     B, K = len(items), len(items[0]["tokens"])
@@ -178,6 +152,55 @@ def collate(items, pad, stride):
     return batch
 
 
+class Batches(Sampler):
+    """Batches of (epoch, index, draw) for one process: a pure function of seed and rank, endless
+    from micro-batch 0 of batch `start`.
+
+    Pass follows pass over all items, each in an order of its own, and the batches are cut from that
+    stream: in each pass an item comes once, whatever the batch and the number of processes, and
+    every batch is full.
+
+    Images of similar shape go together, so that little is padded: within chunks of 16 batches
+    (fewer where a pass has few) they are sorted by shape before the batches are cut, and the
+    batches are shuffled. `draw` is the same for all of a batch, over all processes too: it picks
+    the size of the scale augmentation, since 480 and 800 pixels in one batch would pad most of it,
+    and of two processes one would wait for the other.
+    """
+
+    def __init__(self, sizes, batch, *, accumulation_steps=1, rank=0, world=1, seed=0, start=0):
+        """sizes (N, 2): height and width of each item's image; batch: the total, over all processes
+        and micro-batches; start: the number of batches already done.
+        """
+        sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
+        self.ratios = sizes[:, 1] / sizes[:, 0]
+        self.batch, self.accumulation_steps = batch, accumulation_steps
+        self.rank, self.world, self.seed, self.start = rank, world, seed, start
+        self.per_epoch = len(sizes) / batch
+        self.chunk = max(1, min(16, len(sizes) // batch // 4))
+
+    def order(self, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.ratios))
+
+    def __iter__(self):
+        N, length = len(self.ratios), self.chunk * self.batch
+        micro_batch = self.batch // self.world // self.accumulation_steps
+        orders = {}
+        for chunk in itertools.count(self.start // self.chunk):
+            places = np.arange(chunk * length, (chunk + 1) * length)
+            epochs = places // N
+            orders = {e: orders[e] if e in orders else self.order(e) for e in np.unique(epochs)}
+            items = np.array([orders[e][place] for e, place in zip(epochs, places % N)])
+            # By epoch first: so an item meets itself at most in the one batch that spans two epochs
+            chosen = np.lexsort((self.ratios[items], epochs)).reshape(self.chunk, self.batch)
+            rng = np.random.default_rng((self.seed, chunk, 1))
+            draws = rng.integers(2**31, size=self.chunk)
+            for n in rng.permutation(self.chunk)[max(0, self.start - chunk * self.chunk):]:
+                for step in range(self.accumulation_steps):
+                    at = (step * self.world + self.rank) * micro_batch
+                    yield [(int(epochs[i]), int(items[i]), int(draws[n]))
+                           for i in chosen[n, at:at + micro_batch]]
+
+
 # --------------------------------------------------------------------------------------------------
 # The losses
 
@@ -190,10 +213,11 @@ class Pretraining(nn.Module):
         self.model = model
 
     def normalizers(self, batch):
-        """What each loss is divided by: counts that are summed over all processes and micro-batches.
+        """What each loss is divided by: counts that are summed over all processes and
+        micro-batches.
 
-        Averaging micro-batch means would over-weight the tokens of short micro-batches. Dividing by the
-        count over everything gives the same gradient on 1 and on N processes.
+        Averaging micro-batch means would over-weight the tokens of short micro-batches. Dividing by
+        the count over everything gives the same gradient on 1 and on N processes.
         """
         config = self.model.config
         words = (batch["captions"][..., 1:] != config.pad).sum()
@@ -221,14 +245,15 @@ class Pretraining(nn.Module):
 
 
 def grid_word_loss(logits, batch):
-    """Beyond the paper (--grid-word-loss): each object's words, asked of the cell of the grid that its
-    centre lies in; a sum over objects, of which each object's words share the weight equally.
+    """Beyond the paper (--grid-word-loss): each object's words, asked of the cell of the grid that
+    its centre lies in; a sum over objects, of which each object's words share the weight equally.
 
-    In the set loss the ResNet learns what a thing is only through queries that have found it, which they
-    can only by what the ResNet tells; and that a cell and a word mean the same, only from sentences. Here
-    the MLM head, which knows words by their embeddings, reads the cell itself: so it must say in the
-    language of the words what is there. (Zong et al. 2023 ask a detector's encoder directly; words of
-    detected objects as anchors between image and sentence are Oscar's idea, Li et al. 2020.)
+    In the set loss the ResNet learns what a thing is only through queries that have found it, which
+    they can only by what the ResNet tells; and that a cell and a word mean the same, only from
+    sentences. Here the MLM head, which knows words by their embeddings, reads the cell itself: so
+    it must say in the language of the words what is there. (Zong et al. 2023 ask a detector's
+    encoder directly; words of detected objects as anchors between image and sentence are Oscar's
+    idea, Li et al. 2020.)
 
     logits (N, V) of E2EVLP.forward for the N objects; batch: see `collate`.
     """
@@ -251,7 +276,8 @@ def loss_weights(changed=(), without=(), grid_word=0.0):
             weights[f"loss_{name}"] = float(value)
         except ValueError:
             names = ", ".join(key.removeprefix("loss_") for key in weights)
-            raise InputError(f"--loss-weights {text}: must be NAME=NUMBER, a name of {names}") from None
+            raise InputError(f"--loss-weights {text}: must be NAME=NUMBER, a name of "
+                             f"{names}") from None
     weights["loss_grid_word"] = grid_word
     off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"],
            "attributes": ["loss_attribute"], "detection": [*LOSS_WEIGHTS, "loss_grid_word"]}
@@ -267,9 +293,10 @@ def loss_weights(changed=(), without=(), grid_word=0.0):
 def train(run, objective, loader, optimizer, weights, rate, validate, validation_due):
     """The training loop of both stages. Returns the exit code.
 
-    objective: a module with `normalizers(batch)`, whose forward(batch, normalizers) gives named losses;
-    loader: endless micro-batches; weights: {name of a loss: its weight}; rate(step, progress): what the
-    base learning rates are multiplied by; validate(): measures and logs; validation_due(step).
+    objective: a module with `normalizers(batch)`, whose forward(batch, normalizers) gives named
+    losses; loader: endless micro-batches; weights: {name of a loss: its weight}; rate(step,
+    progress): what the base learning rates are multiplied by; validate(): measures and logs;
+    validation_due(step).
     """
     args = run.args
     parallel = run.parallel(objective)
@@ -279,8 +306,9 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     signal_number = 0
     run.start_clock()
     while run.progress < 1:
-        # The batch, and what its losses are divided by, summed over micro-batches and processes. The
-        # first process's clock and a noted signal travel along, so that all processes agree on them.
+        # The batch, and what its losses are divided by, summed over micro-batches and processes.
+        # The first process's clock and a noted signal travel along, so that all processes agree on
+        # them.
         micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
         normalizers, signal_number = run.agree(objective, micro_batches, signals.number)
         if signal_number:
@@ -295,13 +323,15 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
         sums = defaultdict(float)
         for i, batch in enumerate(micro_batches):
             batch = batch_to_device(batch, run.device)
-            # Gradients are added up over the processes once, in the last micro-batch's backward pass
+            # Gradients are added up over the processes once, in the last micro-batch's backward
+            # pass
             accumulate = run.world > 1 and i < run.accumulation_steps - 1
             with parallel.no_sync() if accumulate else contextlib.nullcontext():
                 with torch.autocast(torch.device(run.device).type, torch.bfloat16,
                                     enabled=args.amp == "bf16"):
                     losses = parallel(batch, normalizers)
-                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec, and L_v = class + 5 L1 + 2 GIoU + attribute
+                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec, and L_v = class + 5 L1 + 2 GIoU +
+                # attribute
                 total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
                 # DDP takes the mean over processes; the normalizers are sums over them already.
                 (total * run.world).backward()
@@ -367,13 +397,14 @@ class Run:
         on_first_process(self.prepare_folder)
 
     def prepare_folder(self):
-        """A new run must not overwrite another; a resumed one drops the log after its checkpoint."""
+        """A new run must not overwrite another; a resumed one drops the log after its
+        checkpoint."""
         try:
             os.makedirs(self.args.output, exist_ok=True)
             if self.state is None:
                 if os.path.exists(self.log_file) or os.path.exists(self.last):
-                    raise InputError(f"--output {self.args.output}: holds a run; go on with --resume "
-                                     f"{self.last}, or give another folder")
+                    raise InputError(f"--output {self.args.output}: holds a run; go on with "
+                                     f"--resume {self.last}, or give another folder")
                 open(self.log_file, "a").close()
             elif os.path.exists(self.log_file):
                 size = min(os.path.getsize(self.log_file), self.state["log_size"])
@@ -383,8 +414,8 @@ class Run:
                 from None
 
     def set_up(self, model, tokenizer, names, groups, steps, per_epoch):
-        """The optimizer. groups: [(parameters, base rate)]; steps: of the training; per_epoch: steps
-        in an epoch.
+        """The optimizer. groups: [(parameters, base rate)]; steps: of the training; per_epoch:
+        steps in an epoch.
         """
         args = self.args
         self.model, self.tokenizer, self.names = model, tokenizer, names
@@ -401,10 +432,11 @@ class Run:
                 raise InputError(f"--resume {args.resume}: its optimizer is of another model "
                                  f"({error})") from None
             self.state.pop("model")  # of the largest model a gigabyte a process
-        print0(f"{model.config.backbone}, {model.config.encoder_layers} + "
-               f"{model.config.decoder_layers} layers: {count_parameters(model) / 1e6:.1f} M "
-               f"parameters, {sum(p.numel() for ps, _ in groups for p in ps) / 1e6:.1f} M in training,"
-               f" on {self.device}")
+        config = model.config
+        training = sum(p.numel() for parameters, _ in groups for p in parameters)
+        print0(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
+               f"{count_parameters(model) / 1e6:.1f} M parameters, {training / 1e6:.1f} M in "
+               f"training, on {self.device}")
         limit = f" or {args.minutes:g} minutes" if args.minutes else ""
         print0(f"batch {args.batch_size} = {self.world} process(es) x {self.accumulation_steps} "
                f"accumulation step(s) x {self.micro_batch} images; {steps} steps{limit}")
@@ -423,7 +455,8 @@ class Run:
                           worker_init_fn=ignore_signals)
 
     def parallel(self, objective):
-        """The objective for this process: compiled by --compile, wrapped where there are several."""
+        """The objective for this process: compiled by --compile, wrapped where there are
+        several."""
         if self.args.compile:
             # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
             torch._dynamo.config.optimize_ddp = False
@@ -431,8 +464,8 @@ class Run:
             self.model.compile()
         if self.world == 1:
             return objective
-        # Gradients are added up in buckets while the backward pass still runs; batch norm's statistics
-        # are not sent at each step, see `validate`
+        # Gradients are added up in buckets while the backward pass still runs; batch norm's
+        # statistics are not sent at each step, see `validate`
         return DistributedDataParallel(objective, gradient_as_bucket_view=True,
                                        broadcast_buffers=False)
 
@@ -445,13 +478,14 @@ class Run:
 
     @property
     def progress(self):
-        """The share of the training that is done: of its steps or of its time, whichever is more."""
+        """The share of the training that is done: of its steps or of its time, whichever is
+        more."""
         minutes = self.args.minutes
         return max(self.step / self.steps, self.seconds / (minutes * 60) if minutes else 0)
 
     def agree(self, objective, micro_batches, signal_number):
-        """What all processes must know of this step, in one all-reduce: the normalizers, and a signal
-        that one of them has noted.
+        """What all processes must know of this step, in one all-reduce: the normalizers, and a
+        signal that one of them has noted.
         """
         counts = [objective.normalizers(batch) for batch in micro_batches]
         counts = [sum(column) for column in zip(*counts)]
@@ -500,8 +534,8 @@ class Run:
         self.logged, self.logged_step = time.time(), step
 
     def validate(self, function):
-        """Call a stage's validation. Batch norm that trains has different statistics in each process:
-        all measure with the first one's, which the checkpoint holds.
+        """Call a stage's validation. Batch norm that trains has different statistics in each
+        process: all measure with the first one's, which the checkpoint holds.
         """
         if self.world > 1 and not self.model.config.frozen_batch_norm:
             for tensor in self.model.buffers():
@@ -524,13 +558,14 @@ class Run:
         self.saved = time.time()
 
     def stop_not_finite(self, sums, micro_batches):
-        """End the run at the first loss that is not finite, with a checkpoint of before the step."""
+        """End the run at the first loss that is not finite, with a checkpoint of before."""
         ids = sum(gather([i for batch in micro_batches for i in batch["ids"]]), [])
         if all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
             self.save()  # else the last one stays: batch norm's statistics are spoilt already
         values = ", ".join(f"{name} {float(value):.3g}" for name, value in sums.items())
-        raise InputError(f"step {self.step}: the loss or its gradient is not finite ({values}); the "
-                         f"images: {', '.join(map(str, ids))}; {self.last} is of before: try a lower --lr")
+        raise InputError(f"step {self.step}: the loss or its gradient is not finite ({values}); "
+                         f"images: {', '.join(map(str, ids))}; {self.last} is of before: try a "
+                         "lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,13 +577,18 @@ MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_
                "decoder_layers", "queries", "temperature", "dropout")
 # The miniature world on two cores in 19 minutes: everything smaller, nothing different
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
-                  feed_forward=256, encoder_layers=3, decoder_layers=3, queries=16, temperature=20.0,
-                  dropout=0.0)
+                  feed_forward=256, encoder_layers=3, decoder_layers=3, queries=16,
+                  temperature=20.0, dropout=0.0)
 MINI_LOADING = dict(data="data/mini", short_sides=[64], long_side=96, workers=1)
 MINI = dict(**MINI_MODEL, **MINI_LOADING, sentences_per_picture=4, minutes=18.5, epochs=40, lr=1e-3,
             lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, mask_named=0.5,
             loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], grid_word_loss=8.0,
             val_pictures=200, val_every=500, output="runs/mini", checkpoint_minutes=5.0)
+
+COUNT = number(int, 1, 10**6)
+COUNT_OR_0 = number(int, 0, 10**9)
+SHARE = number(float, 0, 1)
+AMOUNT = number(float, 0, 1e9)
 
 
 def add_model_flags(parser):
@@ -557,71 +597,55 @@ def add_model_flags(parser):
     g.add_argument("--backbone-weights", default="imagenet", metavar="WEIGHTS",
                    help="imagenet, none, or the file of a torchvision state dict")
     g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a grid cell")
-    g.add_argument("--width", type=number(int, 4, 65536), default=256, metavar="UNITS",
-                   help="hidden units, a multiple of 4")
-    g.add_argument("--heads", type=number(int, 1, 1024), default=12, metavar="N",
-                   help="attention heads of 32 units")
-    g.add_argument("--feed-forward", type=number(int, 1, 65536), default=1024, metavar="UNITS",
-                   help="units between the feed-forward layers")
-    g.add_argument("--encoder-layers", type=number(int, 1, 100), default=12, metavar="N",
-                   help="6 or 12 in the paper")
-    g.add_argument("--decoder-layers", type=number(int, 1, 100), default=6, metavar="N",
-                   help="for objects and for captions")
-    g.add_argument("--queries", type=number(int, 1, 65536), default=100, metavar="N",
-                   help="the largest number of objects that can be found in an image")
-    g.add_argument("--dropout", type=number(float, 0, 1), default=0.1, metavar="SHARE", help="0 to 1")
+    g.add_argument("--width", type=COUNT, default=256, help="hidden units, a multiple of 4")
+    g.add_argument("--heads", type=COUNT, default=12, help="attention heads of 32 units")
+    g.add_argument("--feed-forward", type=COUNT, default=1024, help="units of the inner layer")
+    g.add_argument("--encoder-layers", type=COUNT, default=12, help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=COUNT, default=6, help="for objects and for captions")
+    g.add_argument("--queries", type=COUNT, default=100, help="the most objects in an image")
+    g.add_argument("--dropout", type=SHARE, default=0.1, help="share of units, 0 to 1")
     parser.set_defaults(temperature=10000.0)
 
 
 def add_loading_flags(parser):
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR",
-                   help="folder with the official files (README: the data tree)")
-    g.add_argument("--index", metavar="DIR", help="where the data's index lies (default: DATA/.index)")
+    g.add_argument("--data", default="data", metavar="DIR", help="folder with the official files")
+    g.add_argument("--index", metavar="DIR", help="the data's index (default: DATA/.index)")
     g.add_argument("--vocab", metavar="FILE", help="word pieces (default: DATA/vocab.txt)")
     g.add_argument("--short-sides", nargs="+", type=number(int, 32, 10000), metavar="PIXELS",
-                   default=list(SHORT_SIDES), help="scale augmentation: one is drawn for each batch")
+                   default=list(SHORT_SIDES), help="scale augmentation: each batch draws one")
     g.add_argument("--long-side", type=number(int, 32, 10000), default=LONG_SIDE, metavar="PIXELS",
                    help="no side gets longer than this")
-    g.add_argument("--sentences-per-picture", type=number(int, 1, 1000), default=1, metavar="N",
+    g.add_argument("--sentences-per-picture", type=COUNT, default=1, metavar="N",
                    help="sentences or questions that share one pass of the backbone")
     g.add_argument("--workers", type=number(int, 0, 1000), default=min(4, os.cpu_count() or 1),
-                   metavar="N", help="loader processes of each training process; 0: it loads itself")
+                   help="loader processes of each training process; 0: it loads itself")
     return g
 
 
 def add_training_flags(parser):
     g = parser.add_argument_group("training")
-    g.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N",
-                   help="images a step, over all processes")
-    g.add_argument("--micro-batch", type=number(int, 0, 10**6), default=0, metavar="N",
-                   help="images a process holds at once, the rest is accumulated; 0: all of its share")
-    g.add_argument("--epochs", type=number(float, 0), default=200, metavar="N",
-                   help="passes over the training images or examples")
-    g.add_argument("--steps", type=number(int, 0), default=0, metavar="N",
-                   help="stop after so many steps; 0: --epochs decides")
-    g.add_argument("--minutes", type=number(float, 0), default=0, metavar="MINUTES",
+    g.add_argument("--batch-size", type=COUNT, default=32, help="images a step, in all processes")
+    g.add_argument("--micro-batch", type=COUNT_OR_0, default=0,
+                   help="images a process holds at once, the rest is accumulated; 0: its share")
+    g.add_argument("--epochs", type=AMOUNT, default=200, help="passes over the training items")
+    g.add_argument("--steps", type=COUNT_OR_0, default=0, help="end here; 0: --epochs decides")
+    g.add_argument("--minutes", type=AMOUNT, default=0,
                    help="time limit of training, for the schedule too; 0: none")
-    g.add_argument("--lr", type=number(float, 0, 1e6), default=1e-4, metavar="RATE",
-                   help="learning rate of the transformer")
-    g.add_argument("--lr-backbone", type=number(float, 0, 1e6), default=1e-5, metavar="RATE",
-                   help="learning rate of the ResNet")
+    g.add_argument("--lr", type=AMOUNT, default=1e-4, help="the transformer's learning rate")
+    g.add_argument("--lr-backbone", type=AMOUNT, default=1e-5, help="the ResNet's learning rate")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
                    help="step: x 0.1 for the last third (fine-tuning: after the task's epochs)")
-    g.add_argument("--warmup", type=number(int, 0), default=0, metavar="STEPS", help="linear warm-up")
-    g.add_argument("--weight-decay", type=number(float, 0, 1e6), default=1e-4, metavar="RATE",
-                   help="AdamW's")
-    g.add_argument("--clip", type=number(float, 0, 1e9), default=0.1, metavar="NORM",
-                   help="largest norm of the gradient")
-    g.add_argument("--seed", type=number(int, 0, 2**62), default=0, metavar="N",
-                   help="of the first weights and of all that is drawn")
+    g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
+    g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="of all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda, cuda:N or mps; default: cuda if there is one")
+                   help="cpu, cuda, cuda:N or mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--activation-checkpointing", action="store_true",
-                   help="compute activations again in the backward pass: a fraction of the memory, a "
-                   "third more time")
+                   help="compute activations again in the backward pass: less memory, more time")
     return g
 
 
@@ -629,20 +653,19 @@ def add_output_flags(parser):
     g = parser.add_argument_group("output")
     g.add_argument("--output", default="runs/pretrain", metavar="DIR", help="the run's folder")
     g.add_argument("--resume", metavar="FILE",
-                   help="go on from this last.pt, with its settings, in its folder; auto: from the one "
-                   "in --output, or from the start if there is none")
-    g.add_argument("--checkpoint-minutes", type=number(float, 0), default=30, metavar="MINUTES",
+                   help="go on from this last.pt, with its settings, in its folder; auto: from "
+                   "that of --output, or from the start if there is none")
+    g.add_argument("--checkpoint-minutes", type=AMOUNT, default=30, metavar="MINUTES",
                    help="time between two checkpoints")
-    g.add_argument("--log-every", type=number(int, 1), default=50, metavar="STEPS",
-                   help="steps from line to line of the log")
-    g.add_argument("--timeout", type=number(float, 0.01), default=60, metavar="MINUTES",
-                   help="how long a process may keep the others waiting, first reading included")
+    g.add_argument("--log-every", type=COUNT, default=50, metavar="STEPS", help="between two lines")
+    g.add_argument("--timeout", type=number(float, 0.01, 1e6), default=60, metavar="MINUTES",
+                   help="a process may keep the others waiting so long, first reading included")
     return g
 
 
 def parse(argv):
-    """(flags, the checkpoint to resume or None). Three layers of defaults: the paper's, then --mini's
-    or the resumed run's, then what is given.
+    """(flags, the checkpoint to resume or None). Three layers of defaults: the paper's, then
+    --mini's or the resumed run's, then what is given.
     """
     parser = argparse.ArgumentParser(
         usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
@@ -653,25 +676,24 @@ def parse(argv):
     g = add_loading_flags(parser)
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"],
                    help="what to train on")
-    g.add_argument("--without-sentence", type=number(float, 0, 1), default=0.25, metavar="SHARE",
-                   help="share of images whose objects are detected without a sentence")
+    g.add_argument("--without-sentence", type=SHARE, default=0.25, metavar="SHARE",
+                   help="of images whose objects are detected without a sentence")
     add_model_flags(parser)
     g = add_training_flags(parser)
     g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
-                   help="other weights in the sum than 1 and DETR's: mlm itm caption class bbox giou "
-                   "attribute")
+                   help="instead of 1 and DETR's: mlm itm caption class bbox giou attribute")
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
                    help="leave out (Table 3): mlm itm detection attributes caption")
     g = parser.add_argument_group("beyond the paper")
-    g.add_argument("--mask-named", type=number(float, 0, 1), default=0.15, metavar="SHARE",
-                   help="share of words masked, of those that name an object or attribute")
-    g.add_argument("--grid-word-loss", type=number(float, 0, 1e6), default=0, metavar="WEIGHT",
-                   help="ask the grid's cell at an object's centre for the object's words; 0: off")
+    g.add_argument("--mask-named", type=SHARE, default=0.15, metavar="SHARE",
+                   help="of masked words, among those that name an object or attribute")
+    g.add_argument("--grid-word-loss", type=AMOUNT, default=0, metavar="WEIGHT",
+                   help="ask the cell at an object's centre for the object's words; 0: off")
     g = add_output_flags(parser)
-    g.add_argument("--val-every", type=number(int, 0), default=5000, metavar="STEPS",
-                   help="steps between two validations; 0: only one, at the end")
-    g.add_argument("--val-pictures", type=number(int, 1), default=1000, metavar="N",
+    g.add_argument("--val-every", type=COUNT_OR_0, default=5000, metavar="STEPS",
+                   help="between two validations; 0: only one, at the end")
+    g.add_argument("--val-pictures", type=COUNT, default=1000, metavar="N",
                    help="held-out images to measure on, at most")
     args = parser.parse_args(argv)
     if args.mini:
@@ -680,8 +702,9 @@ def parse(argv):
 
 
 def parse_resumed(parser, argv, fixed, task=""):
-    """The last layer of defaults: those of the run that --resume names. fixed: flags that it keeps, with
-    seed, batch and weight decay; task: what its checkpoint must be fine-tuned for, None: anything.
+    """The last layer of defaults: those of the run that --resume names. fixed: flags that it keeps,
+    with seed, batch and weight decay; task: what its checkpoint must be fine-tuned for, None:
+    anything.
     """
     args = parser.parse_args(argv)
     last = os.path.join(args.output, "last.pt")
@@ -694,22 +717,21 @@ def parse_resumed(parser, argv, fixed, task=""):
     state = load_checkpoint(path, "--resume")
     of_stage = bool(state["config"].task) if task is None else state["config"].task == task
     if state.get("optimizer") is None or not of_stage:
-        raise InputError(f"--resume {path}: not this stage's last.pt, with its optimizer; only that can "
-                         "be resumed")
+        raise InputError(f"--resume {path}: is not a last.pt of this stage and task")
     parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
     args = parser.parse_args(argv)
     args.resume = path
     for flag in (*fixed, "seed", "batch_size", "weight_decay"):
         if getattr(args, flag) != state["args"].get(flag):
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run has "
-                             f"{state['args'].get(flag)}; leave the flag away")
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run "
+                             f"has {state['args'].get(flag)}; leave the flag away")
     return args, state
 
 
 def check_width(args):
     if args.width and args.width % 4:
-        raise InputError(f"--width {args.width}: must be a multiple of 4 (sine positions take a quarter"
-                         " each)")
+        raise InputError(f"--width {args.width}: must be a multiple of 4 (rows and columns, sines "
+                         "and cosines)")
 
 
 def config_of(args, tokenizer, names, **more):
@@ -751,7 +773,8 @@ def pretraining_set(args, data, tokenizer):
 
 
 def rate_of(args):
-    """What the learning rates are multiplied by, from the step and the share that is done (0 .. 1)."""
+    """What the learning rates are multiplied by, from the step and the share that is done (0 ..
+    1)."""
     def rate(step, progress):
         warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
         if args.schedule == "cosine":
@@ -770,8 +793,8 @@ def pretrain(args, state):
     data = pretraining_index(args.data, args.sets, args.index, print0)
     names = data["names"]
     val = decodable(data["val"][:args.val_pictures], print0)
-    print0(f"{len(data['train'])} images with {data['sentences']} sentences to train on, {len(val)} "
-           "held out")
+    print0(f"{len(data['train'])} images with {data['sentences']} sentences to train on, "
+           f"{len(val)} held out")
     if state is None:
         tokenizer = Tokenizer(args.vocab or f"{args.data}/vocab.txt")
         model = new_model(args, tokenizer, names)
@@ -799,7 +822,8 @@ def pretrain(args, state):
             return
         measures = measure_with_blind(
             model, tokenizer, names, val, probes, device=run.device, amp=args.amp == "bf16",
-            batch_size=run.micro_batch, workers=args.workers, rank=run.rank, world=run.world, **size)
+            batch_size=run.micro_batch, workers=args.workers, rank=run.rank, world=run.world,
+            **size)
         run.log({"step": run.step, "epoch": run.step / per_epoch, **measures})
         if run.rank == 0:
             draw_curves([args.output], os.path.join(args.output, "curves.png"))
@@ -815,11 +839,13 @@ def pretrain(args, state):
 
 
 def summary(measures, images, folder):
-    """One sentence: what the model learnt, with a blind model's figures beside it, and where to look."""
+    """One sentence: what the model learnt, with a blind model's figures beside it, and where to
+    look."""
     texts = (("mlm_accuracy_visual", "it guesses {} of the masked words that the image decides"),
              ("itm_accuracy", "tells its own sentences from others at {}"),
              ("itm_accuracy_foil", "and from those with one wrong word at {}"),
-             ("AP50", "finds objects with an AP50 of {}"), ("AP50_no_sentence", "without a sentence {}"),
+             ("AP50", "finds objects with an AP50 of {}"),
+             ("AP50_no_sentence", "without a sentence {}"),
              ("attribute_accuracy", "names {} of their attributes"),
              ("caption_objects", "and {} of its captions name only what is there"))
     parts = []

@@ -113,7 +113,7 @@ def relations(a, b, gap=0):
 
 
 def draw_scene(rng, held_out=False, traits=None, matching=0, least=1):
-    """Return (canvas, shapes), with or without HELD_OUT pairs; `matching` shapes have the traits."""
+    """Return (canvas, shapes), with or without HELD_OUT pairs; `matching` ones have the traits."""
     while True:
         n = rng.randint(least, 6) if traits is None else matching
         if traits:
