@@ -250,8 +250,8 @@ def list_folder(folder):
 
 
 def read_coco(data, split, say=print):
-    """COCO 2017 of "train" or "val": ({image id: Example}, [category names in the order of their
-    ids], {image id: Flickr's number of the photograph}). Crowd boxes are left out.
+    """COCO 2017 of "train" or "val", without crowd boxes: ({image id: Example}, [category names in
+    the order of their ids], {image id: Flickr's number of the photograph}).
     """
     path = f"{data}/coco/annotations/instances_{split}2017.json"
     folder = f"{data}/coco/{split}2017"
@@ -323,27 +323,23 @@ def known_names(names, number_of):
 
 def read_vg(data, say=print):
     """Visual Genome: ({image id: Example}, {image id: (coco_id, flickr_id)}, object names,
-    attribute names).
-
-    Its flaws are many and known: boxes outside the image, names outside the 1,600, images that are
-    not there. They are left out and counted. An object with several names has the first known one.
+    attribute names). Its known flaws (boxes outside the image, names outside the 1,600, missing
+    images) are left out and counted. An object with several names has the first known one.
     """
     folder = f"{data}/vg"
     objects, label_of = read_names(f"{folder}/objects_vocab.txt")
     attributes, attribute_of = read_names(f"{folder}/attributes_vocab.txt")
-    on_disk = {f"{part}/{name}" for part in ("VG_100K", "VG_100K_2")
+    on_disk = {name: f"{folder}/{part}/{name}" for part in ("VG_100K", "VG_100K_2")
                if os.path.isdir(f"{folder}/{part}") for name in list_folder(f"{folder}/{part}")}
 
     examples, links, missing = {}, {}, 0
     for image in read_json(f"{folder}/image_data.json", list[VGImage], "Visual Genome"):
-        names = [f"{part}/{image.image_id}.jpg" for part in ("VG_100K", "VG_100K_2")]
-        file = next((name for name in names if name in on_disk), None)
+        file = on_disk.get(f"{image.image_id}.jpg")
         if file is None:
             missing += 1
             continue
-        size = image.height, image.width
-        examples[image.image_id] = Example(f"vg {image.image_id}", [f"{folder}/{file}"], size,
-                                           vg=Objects([], []))
+        examples[image.image_id] = Example(f"vg {image.image_id}", [file],
+                                           (image.height, image.width), vg=Objects([], []))
         links[image.image_id] = image.coco_id, image.flickr_id
     if missing:
         say(f"{folder}: {missing} images of image_data.json are not there; left out")
@@ -421,12 +417,9 @@ def held_out(data, say=print):
 
 
 def read_pretraining(data, sets=("coco", "vg"), say=print):
-    """All that pre-training needs (section 4.1), a dict: train: [Example]; val: [Example], COCO
-    val2017 less Karpathy's test images; names: {"coco", "vg", "attributes": [...]}; sentences: how
-    many train has.
-
-    An image that is in both sets is one Example with the sentences of both. Images of any val or
-    test split are left out of train.
+    """All that pre-training needs (section 4.1), a dict: train: [Example], none of a val or test
+    split; val: [Example], COCO val2017 less Karpathy's test images; names: {"coco", "vg",
+    "attributes": [...]}; sentences: how many train has. An image in both sets is one Example.
     """
     coco_out, flickr_out, coco_test = held_out(data, say)
     names = {"coco": [], "vg": [], "attributes": []}
@@ -512,21 +505,20 @@ class MmapList(Sequence):
 
     @staticmethod
     def write(path, examples):
-        numbers = {}
-        sizes = {}
+        known = {}  # files -> (number, size)
         rows = []
         with open(f"{path}.msgpack", "wb") as file:
             file.write(b"\0")  # an empty file could not be mapped
             for example in tqdm(examples, "index", disable=None, leave=False):
                 example.files = [os.path.abspath(name) for name in example.files]
                 key = tuple(example.files)
-                if key not in numbers:
-                    numbers[key] = len(numbers)
-                    sizes[key] = example.size or frame([size_of(name) for name in key])
-                example.size = sizes[key]
+                if key not in known:
+                    size = example.size or frame([size_of(name) for name in key])
+                    known[key] = len(known), size
+                number_, example.size = known[key]
                 start = file.tell()
                 file.write(msgspec.msgpack.encode(example))
-                rows.append((start, file.tell(), *example.size, numbers[key]))
+                rows.append((start, file.tell(), *example.size, number_))
         np.save(f"{path}.npy", np.array(rows, np.int64).reshape(-1, 5))
 
 
@@ -597,26 +589,27 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 def load_image(file, short=None, long=None, upright=False):
     """An RGB image, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only
-    applied if `upright`.
+    applied if `upright`. 16 bits become 8, transparent areas white; of a moving image the first
+    frame counts. Raises whatever Pillow does: OSError, ValueError, DecompressionBombError ...
 
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2,
-    1/4 or 1/8 of its size, which leaves out most of the work. 16 bits become 8, transparent areas
-    white; of a moving image the first frame counts. Raises whatever Pillow does: OSError,
-    SyntaxError, ValueError, struct.error, DecompressionBombError ...
+    1/4 or 1/8 of its size, which leaves out most of the work.
     """
     with Image.open(file, formats=FORMATS) as image:
         if short is not None and image.format == "JPEG":
             height, width = resized(image.height, image.width, short, long)
             image.draft(None, (width, height))
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            pixels = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(pixels.round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+
+
+def to_rgb(image):
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        pixels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def load_images(files_of, index, total, short, long):
@@ -650,18 +643,14 @@ def size_of(file):
 
 
 def frame(sizes):
-    """(height, width) of one image; of NLVR2's two what holds both, each scaled to a short side of
-    1,000: images of similar shape make a batch, and pairs are padded together.
-    """
+    """(height, width) of one image; of NLVR2's two what holds both, short sides scaled to 1,000."""
     if len(sizes) == 1:
         return sizes[0]
     return tuple(max(round(1000 * size[side] / min(size)) for size in sizes) for side in (0, 1))
 
 
 def resized(height, width, short, long=LONG_SIDE):
-    """(height, width) after scaling the shorter side to `short`, or less if the longer would pass
-    `long` (DETR).
-    """
+    """(height, width) with the shorter side `short`, or less if the longer would pass `long`."""
     scale = min(short / min(height, width), long / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -678,7 +667,7 @@ def to_pixels(image, short, long=LONG_SIDE):
 
 
 def decodable(examples, say=print):
-    """Those whose images decode; the others are named and left out (of validation)."""
+    """Those whose images decode; the others are named and left out."""
     good = []
     for example in examples:
         try:
@@ -720,9 +709,9 @@ def pad_tokens(lists, pad):
 def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):
     """Masked language modelling as in BERT: (input, labels); labels are -1 where nothing is asked.
 
-    Each word is chosen with probability 15 %, those in `named` with `named_share`, and if none was,
-    any one of them; of the chosen, 80 % become [MASK], 10 % a random piece, 10 % stay, so that the
-    model can never trust the word it sees. [CLS] and [SEP] are never chosen.
+    Each word is chosen with probability 15 %, those in `named` with `named_share`, at least one; of
+    the chosen, 80 % become [MASK], 10 % a random piece, 10 % stay, so that the model can never
+    trust the word it sees.
     """
     tokens = list(tokens)
     labels = [-1] * len(tokens)
@@ -739,10 +728,9 @@ def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):
 
 
 def other_sentence(examples, index, is_caption, rng):
-    """A sentence of another image that is none of this one's; None if a hundred draws find none.
-
-    It is of the kind that it stands for, a COCO caption or a region's description. If any kind
-    would do, a description beside an image that only COCO has would always be a wrong one.
+    """A sentence of another image that is none of this one's; None if a hundred draws find none. A
+    COCO caption stands for a caption, a region's description for a description: else an image that
+    only COCO has would tell a description as wrong by its kind.
     """
     own = {sentence.lower() for sentence in examples[index].sentences}
     for _ in range(100):
@@ -754,17 +742,6 @@ def other_sentence(examples, index, is_caption, rng):
         if sentence is not None and sentence.lower() not in own:
             return sentence
     return None
-
-
-def batch_to_device(value, device):
-    """A batch with all tensors and arrays in it, however deep, on the device."""
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if torch.is_tensor(value):
-        return value.to(device, non_blocking=torch.device(device).type == "cuda")
-    if isinstance(value, dict):
-        return {key: batch_to_device(v, device) for key, v in value.items()}
-    return [batch_to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -797,9 +774,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def init_processes(device, timeout=30.0):
     """Join torchrun's processes, if there are any: (rank, number of processes, this one's device).
 
-    timeout: minutes that one process may keep the others waiting, after which torch ends them; rank
-    0's first reading of the data counts too. Without torchrun the rank is 0 of 1 and no collective
-    is called. InputError if the device cannot be used.
+    timeout: minutes that one process may keep the others waiting, the first reading of the data
+    included; then torch ends them. Without torchrun the rank is 0 of 1, no collective is called.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device == "cuda":
@@ -838,9 +814,7 @@ def all_sum(values, device):
 
 
 def on_first_process(function):
-    """Call a function in each host's first process, while the others wait; an InputError that it
-    raises anywhere is raised in all.
-    """
+    """Call a function in each host's first process; its InputError is raised in all."""
     problem = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
@@ -879,11 +853,14 @@ def ignore_signals(worker):
 
 
 def command(script, work):
-    """What a script's main does: work(), its errors of input as one line. Returns the exit code:
-    what work returns, or 0; 2 after an InputError; 130 after Ctrl-C.
+    """What a script's main does: work(), an InputError as one line. Returns the exit code: what
+    work returns, or 0; 2 after an InputError; 130 after Ctrl-C.
     """
     try:
-        return work() or 0
+        code = work() or 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
     except InputError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
@@ -908,17 +885,14 @@ def main(argv=None):
         args = parser.parse_args(argv)
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
         data = pretraining_index(args.data, sets, args.index)
-        counts = Counter()
+        boxes = Counter()
         for example in data["train"]:
             for source in sets:
                 objects = getattr(example, source)
-                if objects is not None:
-                    counts[f"images annotated in {source}"] += 1
-                    counts[f"boxes of {source}"] += len(objects.boxes)
-                    counts["attributes"] += sum(map(len, objects.attributes))
+                boxes[source] += len(objects.boxes) if objects else 0
         print(f"{len(data['train']):,} images with {data['sentences']:,} sentences to pre-train "
-              f"on, {len(data['val']):,} held out")
-        print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+              f"on, {len(data['val']):,} held out; "
+              + ", ".join(f"{count:,} boxes of {source}" for source, count in boxes.items()))
 
     return command("data.py", work)
 

@@ -27,18 +27,17 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (FORMATS, HelpFormatter, InputError, Tokenizer, batch_to_device, command,
+from data import (FORMATS, HelpFormatter, InputError, Tokenizer, command,
                   decodable, gather, ignore_signals, init_processes, load_image, mask_tokens,
                   mean_image, number, other_sentence, pad_images, pad_tokens, pretraining_index,
-                  print0, read_text, to_pixels)
-from matcher import boxes_in_pixels, detection_target, hungarian_match
+                  print0, read_text, to_pixels, to_rgb)
+from matcher import boxes_in_pixels, detection_target, hungarian_match, to_device
 from model import build_model, load_checkpoint
 from tasks import TASKS, best_classes, detection_scores, make_task
 
@@ -104,7 +103,7 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
         batch = {"images": images, "sizes": sizes, "padded": padded, "image": torch.tensor(image),
                  "tokens": pad_tokens(tokens, tokenizer.pad)}
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            found = task.answer(model, batch_to_device(batch, device), asked, tokenizer)
+            found = task.answer(model, to_device(batch, device), asked, tokenizer)
         answers.update(zip(numbers, found))
     for share in gather(answers):
         answers.update(share)
@@ -181,9 +180,8 @@ class Grounding:
         return any(label == has and set(attributes) <= its for has, its in facts)
 
     def counterfactuals(self, facts, phrase):
-        """For each word of a true phrase (start, end, [words that make it true as well], [words
-        that make it false]). A false word is one of its likes: another name in the same form, or an
-        attribute never met on one object with this one.
+        """For each word of a true phrase (start, end, [other words that make it true], [words that
+        make it false]): names, or attributes never met on one object with this one.
         """
         before, (start, end, label, form) = phrase
         attributes = [attribute for _, _, attribute in before]
@@ -225,15 +223,13 @@ class Grounding:
 
 
 def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
-    """The sentences each image is asked about, the same for each model and run: a list of dicts.
-
-    mlm: [(input, labels)], 15 % of the words masked; visual: the same with one word that the image
-    decides masked; itm: [(tokens, 1 or 0)], half of them from another image; foil: the same, half
-    with one grounded word made false. A masked word is always [MASK]: one left in place would
-    flatter a blind model.
+    """What each image is asked, the same for each model and run, a list of dicts: mlm: [(input,
+    labels)], 15 % of the words masked; visual: the same with one word that the image decides; itm:
+    [(tokens, 1 or 0)], half of them another image's; foil: the same, half with one grounded word
+    made false. A masked word is always [MASK]: one left in place would flatter a blind model.
     """
     probes = []
-    for number_, example in enumerate(examples):
+    for index, example in enumerate(examples):
         rng = random.Random(f"validation {seed} {example.id}")
         count = min(per_image, len(example.sentences))
         facts = grounding.facts(example)
@@ -246,11 +242,11 @@ def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
             masked = [tokenizer.mask if label >= 0 else t for t, label in zip(tokens, labels)]
             probe["mlm"].append((masked, labels))
 
-            make_false = (number_ + i) % 2 == 1 and len(examples) > 1
+            make_false = (index + i) % 2 == 1 and len(examples) > 1
             if not make_false:
                 probe["itm"].append((tokens, 1))
             else:
-                other = other_sentence(examples, number_, place < example.captions, rng)
+                other = other_sentence(examples, index, place < example.captions, rng)
                 if other is not None:
                     probe["itm"].append((tokenizer.encode(other), 0))
 
@@ -275,7 +271,7 @@ def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
 
 
 def prepare_probes(tokenizer, names, examples):
-    """What `measure` asks, the same at each validation: (Grounding, probes, the mean image)."""
+    """What `measure` needs, the same at each validation: (Grounding, probes, the mean image)."""
     grounding = Grounding(names, examples)
     mean = mean_image([example.files[0] for example in examples[:500]])
     return grounding, make_probes(examples, grounding, tokenizer), mean
@@ -283,7 +279,7 @@ def prepare_probes(tokenizer, names, examples):
 
 def average_precision(examples, results, source):
     """(AP, AP50) by pycocotools. results: dicts of image_id (a number in `examples`), category_id,
-    bbox, score. Truth is what the reader kept: crowd regions are absent, not ignored as officially.
+    bbox, score. Crowd regions are absent from the truth, not ignored as officially.
     """
     truth = {"info": {}, "images": [], "annotations": [], "categories": []}
     for image_id, example in enumerate(examples):
@@ -309,9 +305,9 @@ def average_precision(examples, results, source):
 @torch.no_grad()
 def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=False, blind=False,
             rank=0, world=1, **loading):
-    """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions. Collective: each
-    process does its share. probes: of `prepare_probes`; loading: of `evaluation_batches`. A measure
-    that has nothing to count (no Visual Genome annotation, say) is left out.
+    """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions; those that have
+    nothing to count are left out. Collective: each process does its share. probes: of
+    `prepare_probes`; loading: of `evaluation_batches`.
     """
     model.eval()
     grounding, asked, mean = probes
@@ -364,17 +360,16 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
             rows = [j for j, example in enumerate(batch) if example.vg is not None and names["vg"]]
             if rows:
                 annotated = [batch[j].vg for j in rows]
-                targets = [batch_to_device(detection_target("coco", objects_), device)
-                           for objects_ in annotated]
+                targets = [to_device(detection_target("coco", its), device) for its in annotated]
                 _, row, query, box = hungarian_match(
                     objects["logits"]["vg"][-1:, rows], objects["boxes"][-1:, rows], targets)
-                truth = [set(its) for objects_ in annotated for its in objects_.attributes]
+                truth = [set(attributes) for its in annotated for attributes in its.attributes]
                 logits = objects["attributes"][-1, rows][row, query].float()
                 for scores, b in zip(logits, box.tolist()):
                     if truth[b]:
                         best = scores.topk(len(truth[b])).indices.tolist()
-                        share = len(truth[b].intersection(best)) / len(truth[b])
-                        tally["attribute_accuracy"].append(share)
+                        right = len(truth[b].intersection(best))
+                        tally["attribute_accuracy"].append(right / len(truth[b]))
 
             # Captions, greedy
             for (pieces, _), example in zip(model.generate(alone), batch):
@@ -384,16 +379,15 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
                     tally["caption_objects"].append(grounding.all_true(facts, caption))
 
     shares = gather(dict(tally))
-    tally = {name: [x for share in shares for x in share.get(name, ())]
-             for name in set().union(*shares)}
+    kinds = dict.fromkeys(kind for share in shares for kind in share)
+    tally = {kind: [x for share in shares for x in share.get(kind, ())] for kind in kinds}
     measures = {}
-    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP",
-                 "AP_no_sentence", "attribute_accuracy", "caption_objects"):
+    for name, values in tally.items():
         if name.startswith("AP"):
-            precision = average_precision(examples, tally[name], source)
+            precision = average_precision(examples, values, source)
             measures[name], measures[name.replace("AP", "AP50")] = precision
-        elif tally.get(name):
-            measures[name] = sum(tally[name]) / len(tally[name])
+        else:
+            measures[name] = sum(values) / len(values)
     return measures
 
 
@@ -411,39 +405,35 @@ def measure_with_blind(*inputs, **settings):
 
 
 class Predictor:
-    """A checkpoint that answers about images: Predictor("runs/mini/last.pt").caption("photo.jpg").
+    """A checkpoint that answers about images: Predictor("last.pt").caption("photo.jpg").
 
     An image is a path, a PIL image of any mode, or an array (H, W, 3) uint8; a camera's rotation
-    (EXIF) is applied. What a checkpoint cannot do is an InputError that says what it can: a
-    pre-trained one captions, detects and matches, a fine-tuned one does what its task is.
+    (EXIF) is applied. What a checkpoint cannot do is an InputError that says what it can.
     """
 
-    def __init__(self, checkpoint, device=None, amp=False, beam=4, alpha=0.9):
-        """device: a GPU by default if there is one; amp: in bf16; beam, alpha: of captions."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        state = load_checkpoint(checkpoint)
-        self.use(build_model(state, checkpoint).to(device), state["vocabulary"], state["names"],
-                 state["args"], device=device, source=checkpoint)
-        self.amp, self.beam, self.alpha = amp, beam, alpha
-
-    def use(self, model, vocabulary, names, flags, device="cpu", source="this model"):
-        """Take a model that is in memory already; flags: of its training, a dict."""
-        self.model, self.names, self.device, self.source = model.eval(), names, device, source
-        self.tokenizer = Tokenizer(vocabulary, model.config.max_tokens)
+    def __init__(self, checkpoint, device=None, amp=False, beam=4, alpha=0.9, model=None):
+        """device: by default a GPU if there is one; amp: in bf16; beam, alpha: of captions; model:
+        of a checkpoint that is in memory already, a dict with vocabulary, names and args.
+        """
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.amp, self.beam, self.alpha, self.source = amp, beam, alpha, checkpoint
+        state = load_checkpoint(checkpoint) if model is None else checkpoint
+        self.model = (model or build_model(state, checkpoint)).to(self.device).eval()
+        self.names, flags = state["names"], state["args"]
+        self.tokenizer = Tokenizer(state["vocabulary"], self.model.config.max_tokens)
         self.short, self.long = max(flags["short_sides"]), flags["long_side"]
-        self.amp, self.beam, self.alpha = False, 1, 0.9
         without = flags.get("without", ())
-        task = model.config.task
-        self.task = make_task(task, flags) if task else None
         learnt = (("caption", "caption"), ("detect", "detection"), ("match", "itm"))
-        self.can = self.task.can if task else [can for can, loss in learnt if loss not in without]
-        self.labels = "vg" if names["vg"] and not task else "coco"
+        self.can = [can for can, loss in learnt if loss not in without]
+        self.task = self.model.config.task
+        if self.task:
+            self.can = TASKS[self.task].can
+        self.labels = "vg" if self.names["vg"] and not self.task else "coco"
         self.attributes = self.labels == "vg" and "attributes" not in without
-        return self
 
     def require(self, ability):
         if ability not in self.can:
-            kind = f"fine-tuned for {self.task.name}" if self.task else "pre-trained"
+            kind = f"fine-tuned for {self.task}" if self.task else "pre-trained"
             raise InputError(f"{self.source}: is {kind}, and cannot {ability}; it can "
                              f"{', '.join(self.can)}")
 
@@ -452,7 +442,7 @@ class Predictor:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
         try:
             return load_image(image, upright=True)
         except FileNotFoundError:
@@ -541,9 +531,9 @@ class Predictor:
 
     def attention(self, image, sentence=None, threshold=0.5):
         """Where each word and each object query looks, a dict: words: the T pieces of the sentence;
-        encoder (L, T, T + S): how each word's attention is shared out among words and cells, by
-        layer, mean over heads, rows sum to 1; objects: as `detect` has them; decoder (L', n, T +
-        S): the cross-attention of their queries; grid: (H, W), H * W = S.
+        encoder (L, T, T + S): each word's attention among words and cells, by layer, mean over
+        heads, rows sum to 1; objects: as `detect` has them; decoder (L', n, T + S): the
+        cross-attention of their queries; grid: (H, W), H * W = S.
         """
         image = self.open(image)
         stride = self.model.config.stride
@@ -569,12 +559,9 @@ class Predictor:
 
 @contextlib.contextmanager
 def record_attention(modules, first=None):
-    """The weights (B, heads, T, S) of these Attention modules, one a call, while the block runs; of
-    the first queries only, if a number is given.
-
-    F.scaled_dot_product_attention never gives its weights away (its fast kernels do not even have
-    them), so they are computed again from what it was given: softmax(q k^T / sqrt(width of a
-    head)).
+    """The weights (B, heads, T, S) of these Attention modules, one a call, while the block runs;
+    first: of the first so many queries only. F.scaled_dot_product_attention does not give them
+    away, so they are computed again: softmax(q k^T / sqrt(width of a head)).
     """
     weights = []
 
@@ -600,12 +587,6 @@ def record_attention(modules, first=None):
 # Drawings
 
 
-def save_figure(figure, path):
-    """Write a PNG to a temporary name, then rename it."""
-    FigureCanvasAgg(figure).print_png(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def show_objects(axes, image, objects, title=""):
     """An image with labelled boxes, as `Predictor.detect` has them, and a title."""
     axes.imshow(image, aspect="equal")
@@ -623,7 +604,8 @@ def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, lo
     given.
     """
     flags = {"short_sides": [short], "long_side": long, "without": without}
-    predictor = Predictor.__new__(Predictor).use(model, tokenizer.vocabulary, names, flags, device)
+    state = {"vocabulary": tokenizer.vocabulary, "names": names, "args": flags}
+    predictor = Predictor(state, device, beam=1, model=model)
     rows = math.ceil(len(examples) / 2)
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, squeeze=False).flatten()
@@ -643,7 +625,7 @@ def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, lo
         caption = predictor.caption(image) if "caption" in predictor.can else ""
         found = predictor.detect(image) if "detect" in predictor.can else []
         show_objects(axes[2 * n + 1], image, found, f"says: {caption}")
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def read_log(folder):
@@ -653,8 +635,7 @@ def read_log(folder):
 
 
 def draw_curves(folders, path):
-    """A PNG of the runs' losses and measures: a small picture each, a colour a run, blind ones
-    dashed."""
+    """A PNG of runs' losses and measures, a colour a run; blind ones dashed, majority's dotted."""
     runs = [(os.path.basename(os.path.normpath(folder)), read_log(folder)) for folder in folders]
     keys = dict.fromkeys(key for _, lines in runs for line in lines for key in line)
     keys = [key for key in keys if key.startswith(("loss", "val_"))]
@@ -667,17 +648,18 @@ def draw_curves(folders, path):
     for ax, key in zip(axes, keys):
         ax.set_title(key.removeprefix("val_"), fontsize=8)
         ax.tick_params(labelsize=6)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         for n, (name, lines) in enumerate(runs):
-            styles = {key: "-", key.replace("val_", "blind_"): "--"}
-            for curve, style in styles.items():
+            for prefix, style in (("val_", "-"), ("blind_", "--"), ("majority_", ":")):
+                curve = key.replace("val_", prefix)
                 points = [(line["step"], line[curve]) for line in lines if curve in line]
-                if points:
-                    ax.plot(*zip(*points), style, color=f"C{n % 10}", linewidth=1,
-                            marker="." if len(points) < 3 else None, label=name)
+                if points and (curve != key or prefix == "val_"):
+                    ax.plot(*zip(*points), style, color=f"C{n % 10}", linewidth=1, label=name,
+                            marker="." if len(points) < 3 else None)
     if len(runs) > 1 and keys:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=4)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def draw_attention(path, image, found, kind):
@@ -708,7 +690,7 @@ def draw_attention(path, image, found, kind):
                 bx, by, bw, bh = found["objects"][row]["box"]
                 ax.add_patch(Rectangle((bx, by), bw, bh, fill=False, edgecolor="cyan"))
         axes[row][0].set_ylabel(names[row], fontsize=7)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -894,7 +876,7 @@ def run_images(args):
         figure = Figure(figsize=(8, 8 * image.height / image.width + 0.5), layout="constrained")
         title = " | ".join(lines[:5] if args.question else lines[:1])
         show_objects(figure.subplots(), image, answer.get("objects", ()), title)
-        save_figure(figure, f"{stem}.png")
+        figure.savefig(f"{stem}.png")
         if args.attention:
             found = predictor.attention(image, args.sentence or args.question, args.threshold)
             for kind in ("words", "objects"):
@@ -921,12 +903,7 @@ def main(argv=None):
         else:
             found = run_data(args)
         if isinstance(found, dict):
-            for name, value in found.items():
-                if name.startswith("val_"):
-                    blind = found.get(f"blind_{name[4:]}", math.nan)
-                    print0(f"{name[4:]:24} {value:.3f}   blind {blind:.3f}")
-                elif not name.startswith("blind_"):
-                    print0(f"{name:24} {value:.3f}")
+            print0("\n".join(f"{name:28} {value:.3f}" for name, value in found.items()))
         if args.json and int(os.environ.get("RANK", 0)) == 0:
             with open(args.json, "wb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))

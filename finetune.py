@@ -22,7 +22,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -282,8 +281,6 @@ def finetune(args, state):
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: " + ", ".join(f"{k} {v:.3f}" for k, v in best.items()))
-    if run.world > 1:
-        dist.destroy_process_group()
     return code
 
 

@@ -28,9 +28,17 @@ def full_precision(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def to_device(x, device):
-    """A host tensor on the device, without waiting for the device's pending work (CUDA only)."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+def to_device(value, device):
+    """A tensor or array, or a batch with such in it, however deep, on the device; without waiting
+    for the device's pending work (CUDA only).
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=torch.device(device).type == "cuda")
+    if isinstance(value, dict):
+        return {key: to_device(v, device) for key, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
 def box_cxcywh_to_xyxy(boxes):

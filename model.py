@@ -47,10 +47,8 @@ BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "r
 
 @dataclass
 class Config:
-    """Everything that is needed to build the model again; it travels inside the checkpoint.
-
-    The sizes are section 4.2's; what the paper leaves open (queries, dropout ...) is in the
-    README's table of choices.
+    """All that is needed to build the model again; it travels inside the checkpoint. The sizes are
+    section 4.2's; what the paper leaves open is in the README's table of choices.
     """
 
     backbone: str = "r50"           # one of BACKBONES
@@ -108,18 +106,12 @@ class FoldedConv(nn.Conv2d):
 
     scale * conv(x, w) + shift = conv(x, scale * w) + shift, with a scale for each output channel:
     the few weights are multiplied instead of the many pixels, which spares two passes over the
-    largest tensors of the whole model. It is done at each step, because the weights learn.
+    largest tensors of the model. It is done at each step, because the weights learn.
     """
 
     def forward(self, x):
         norm = self.norm[0]
         return self._conv_forward(x, self.weight * norm.scale[:, None, None, None], norm.shift)
-
-    @staticmethod
-    def fold(conv, norm):
-        """Make an nn.Conv2d a FoldedConv, in place: its weights keep their name and value."""
-        conv.__class__ = FoldedConv
-        conv.norm = [norm]  # in a list, so that it is no submodule here: it has a name already
 
 
 def maybe_checkpoint(module, *inputs, enabled=False, **kwargs):
@@ -136,8 +128,7 @@ class Backbone(nn.Module):
     channels.
 
     Stride 32 ends at C5 (2048 channels for r50 and deeper). Stride 16 ends at C4, so that an image
-    of 64 x 64 pixels still has 4 x 4 cells. The other way to that grid, DETR's DC5, dilates the
-    last stage, already the widest, and makes it four times as costly.
+    of 64 x 64 pixels still has 4 x 4 cells.
     """
 
     def __init__(self, config):
@@ -146,8 +137,8 @@ class Backbone(nn.Module):
         self.frozen = config.frozen_batch_norm
         norm = FrozenBatchNorm if self.frozen else nn.BatchNorm2d
         resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
+        channels = resnet.fc.in_features
         resnet.fc = resnet.avgpool = None
-        channels = resnet.layer4[-1].bn2.num_features if config.backbone in ("r18", "r34") else 2048
         if config.stride == 16:
             resnet.layer4 = None
             channels //= 2
@@ -158,7 +149,8 @@ class Backbone(nn.Module):
                 children = list(module.children())  # in a ResNet each convolution precedes its norm
                 for conv, norm in zip(children, children[1:]):
                     if isinstance(conv, nn.Conv2d):
-                        FoldedConv.fold(conv, norm)
+                        conv.__class__ = FoldedConv  # in place: its weights keep their name
+                        conv.norm = [norm]           # in a list: as a module it has a name already
         self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img"
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
@@ -184,10 +176,8 @@ class Backbone(nn.Module):
     def forward(self, images, sizes, padded=True, recompute=False):
         """images (B, 3, H0, W0) uint8 RGB, padded right and below; sizes (B, 2) int64, the true
         height and width; padded: False promises that no image is smaller than the tensor, and
-        spares the masking; recompute: see `maybe_checkpoint` (not where batch norm trains: it would
-        count each batch twice).
-
-        Returns grid (B, D, H, W) and mask (B, H, W) bool, True where there is image.
+        spares the masking; recompute: see `maybe_checkpoint` (not where batch norm trains, which
+        would count a batch twice). Returns grid (B, D, H, W), mask (B, H, W) bool, True = image.
         """
         B, _, H0, W0 = images.shape
         device = images.device
@@ -204,15 +194,14 @@ class Backbone(nn.Module):
             self.masks = masks  # set again: with recompute the block runs in the backward pass too
             return block(x)
 
+        net = self.resnet
         x = (images.float() / 255 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
-        net = self.resnet
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))               # (B, 64, H0 / 4, W0 / 4)
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):
             for block in stage:  # the first block of each stage but layer1 halves the sides
                 x = maybe_checkpoint(masked, block, x, enabled=recompute and self.frozen)
         self.masks = None
-        assert x.shape[-2:] == mask.shape[-2:]
         return self.project(x), mask                                   # (B, D, H, W), (B, H, W)
 
     def load_weights(self, weights):
@@ -419,11 +408,9 @@ class Memory:
         return self if n == 1 else self.select(indices.repeat_interleave(n))
 
 
-class ClassifierHead(nn.Sequential):
+def classifier_head(width, hidden, outputs):
     """Linear, GELU, norm, linear, as LXMERT and UNITER classify from [CLS]."""
-
-    def __init__(self, width, hidden, outputs):
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden),
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden),
                          nn.Linear(hidden, outputs))
 
 
@@ -444,18 +431,15 @@ class E2EVLP(nn.Module):
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         # An object query is a learned position in "the space of possible objects", not a place in
         # the image: training makes one ask "what is large and left of the middle?", another "what
-        # small thing is at the top?". The vectors are parameters, the same for each image;
-        # nn.Embedding only holds them. There are far more of them than objects (COCO has 7 in an
-        # image on average), so each can have its speciality.
+        # small thing is at the top?". There are far more of them than objects (COCO has 7 in an
+        # image on average), so each can have its speciality. nn.Embedding only holds the vectors.
         self.query_positions = nn.Embedding(c.queries, c.width)
 
         # Heads of the encoder (section 3.1.2)
         self.mlm_transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(),
                                            nn.LayerNorm(c.width))
         self.mlm_bias = nn.Parameter(torch.zeros(c.vocabulary))  # the matrix is the embedding's
-        # BERT puts a tanh here. [CLS] starts nearly the same for all pairs; in a trial a fifth of
-        # the tanh's inputs lay in its flat part, where hardly any gradient passes.
-        self.itm = ClassifierHead(c.width, c.width, 2)
+        self.itm = classifier_head(c.width, c.width, 2)
 
         # Heads of the decoder (section 3.1.3): one class layer for each label set, its last class
         # means "no object". Labels count from 0 without gaps; COCO's ids go up to 90 with gaps,
@@ -469,8 +453,8 @@ class E2EVLP(nn.Module):
 
         # The new head of a fine-tuning that needs one (section 5.1); see `classify`
         if c.classifier_outputs:
-            self.classifier = ClassifierHead(c.classifier_images * c.width, 2 * c.width,
-                                             c.classifier_outputs)
+            self.classifier = classifier_head(c.classifier_images * c.width, 2 * c.width,
+                                              c.classifier_outputs)
         self.initialise()
 
     def initialise(self):
@@ -545,9 +529,8 @@ class E2EVLP(nn.Module):
 
     def decode_objects(self, memory):
         """Detection: (L, B, Q, D), the output after each of the L layers, for auxiliary losses."""
-        # Why zero targets? A query starts with no content at all, only with its position; what it
-        # is about comes from the encoding by cross-attention. (DETR names these zeros `tgt`.) Until
-        # then, in the first layer's self-attention, the values of all queries are alike.
+        # Why zero targets (DETR's `tgt`)? A query starts with no content, only with its position;
+        # what it is about comes from the encoding by cross-attention.
         B, _, D = memory.states.shape
         x = memory.states.new_zeros(B, self.config.queries, D)
         outputs = []
@@ -654,18 +637,18 @@ class E2EVLP(nn.Module):
     def generate(self, memory, beam=1, alpha=0.9, max_tokens=None, cache=True):
         """Captions by beam search; beam 1 is greedy search.
 
-        memory: encoding of B images alone (`encode(grid)`). alpha: length penalty, a sentence's
-        score is its log probability divided by ((5 + length) / 6) ** alpha (Wu et al. 2016); length
-        counts the words and [SEP]. An image's search ends when nothing that goes on can become
-        better than what has ended. cache: keep the keys and values of earlier words (the same
-        result, faster). Returns a list of B pairs (word pieces without [CLS] and [SEP], score).
+        memory: encoding of B images alone (`encode(grid)`). alpha: length penalty, a score is the
+        log probability divided by ((5 + length) / 6) ** alpha (Wu et al. 2016); length counts the
+        words and [SEP]. An image's search ends when nothing can become better than what has ended.
+        cache: keep keys and values of earlier words (the same result, faster). Returns B pairs
+        (word pieces without [CLS] and [SEP], score).
         """
         c = self.config
         B, device = len(memory.states), memory.states.device
         longest = (max_tokens or c.max_tokens) - 1
         tokens = torch.full((B * beam, 1), c.cls, device=device)                 # row b * beam + j
         prefixes = [[] for _ in range(B * beam)]                                 # on the host
-        # At first all beams of an image are alike: only the first may go on, else they stay alike.
+        # At first all beams of an image are alike: only the first may go on.
         scores = torch.full((B, beam), -math.inf, device=device)
         scores[:, 0] = 0
         never = torch.tensor(sorted({c.pad, c.cls, c.mask}), device=device)      # in no caption
@@ -760,8 +743,7 @@ def save_checkpoint(path, model, vocabulary, names, **more):
 
 
 def load_file(path, flag):
-    """A file of tensors and plain values (weights_only: it cannot run code). InputError names
-    it."""
+    """A file's dict of tensors and plain values (weights_only: it cannot run code)."""
     if not os.path.isfile(path):
         raise InputError(f"{flag} {path}: no such file")
     try:
@@ -804,9 +786,7 @@ def build_model(state, path):
 
 
 def load_pretrained(model, state, say=print):
-    """Copy a checkpoint's weights into a model of another stage; print each name that is missing,
-    unused or of another shape.
-    """
+    """Copy a checkpoint's weights into a model of another stage; name each that does not fit."""
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     for key in own:
@@ -826,7 +806,7 @@ def load_pretrained(model, state, say=print):
 
 @torch.no_grad()
 def walk(config, height, width, words):
-    """The forward pass of pre-training for random pixels and a sentence of random words.
+    """The forward pass of pre-training for random pixels and words, step by step.
 
     height, width: pixels; words: word pieces, [CLS] and [SEP] included. Returns rows (step, shape
     of its output, parameters, FLOPs, name in this file, section of the paper). A parameter counts
@@ -916,8 +896,7 @@ def main(argv=None):
         print(line.format("step", "output", "parameters", "FLOPs", "in model.py", "paper"))
         for step, shape, count, flops, name, section in rows:
             print(line.format(step, str(shape), f"{count:,}", f"{flops:,}", name, section))
-        print("\n(shared): an earlier row has these parameters, and they count once. FLOPs: 2 a "
-              "multiply-add of\nconvolutions, linear layers and attention.")
+        print("\n(shared): an earlier row has these parameters. FLOPs: 2 a multiply-add.")
 
     return command("model.py", work)
 

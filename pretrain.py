@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 import shapes
 from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal,
-                  Tokenizer, all_sum, batch_to_device, command, decodable, gather, ignore_signals,
+                  Tokenizer, all_sum, command, decodable, gather, ignore_signals,
                   init_processes, load_images, mask_tokens, number, on_first_process,
                   other_sentence, pad_images, pad_tokens, pretraining_index, print0, to_pixels)
 from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
-from matcher import LOSS_WEIGHTS, detection_target, loss_normalizers, set_loss
+from matcher import LOSS_WEIGHTS, detection_target, loss_normalizers, set_loss, to_device
 from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
                    save_checkpoint)
 
@@ -322,7 +322,7 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
         torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2**31)
         sums = defaultdict(float)
         for i, batch in enumerate(micro_batches):
-            batch = batch_to_device(batch, run.device)
+            batch = to_device(batch, run.device)
             # Gradients are added up over the processes once, in the last micro-batch's backward
             # pass
             accumulate = run.world > 1 and i < run.accumulation_steps - 1
@@ -831,11 +831,8 @@ def pretrain(args, state):
                        without=args.without, device=run.device, **size)
         print0(summary(measures, len(val), args.output))
 
-    code = train(run, Pretraining(model), loader, optimizer, weights, rate_of(args), validate,
+    return train(run, Pretraining(model), loader, optimizer, weights, rate_of(args), validate,
                  lambda step: args.val_every and step % args.val_every == 0)
-    if run.world > 1:
-        dist.destroy_process_group()
-    return code
 
 
 def summary(measures, images, folder):

@@ -75,9 +75,7 @@ class Result(Struct):
 
 @dataclass
 class Task:
-    """What all tasks have. As it stands: a classifier over the answers of the training examples,
-    which reads [CLS]; a subclass names itself and says what it reads.
-    """
+    """A classifier over the answers that the training examples have, which reads [CLS]."""
 
     name = ""
     images = 1                        # an example is about so many of them
@@ -111,9 +109,7 @@ class Task:
         return None if example.target is None else str(example.target)
 
     def index(self, data, split, folder=None, say=print):
-        """`read` by the index: {"examples": MmapList, "targets": {answer: number of examples},
-        "names": self.names}.
-        """
+        """`read` by the index: {"examples", "targets": {answer: how many}, "names"}."""
         def read(say):
             examples = self.read(data, split, say)
             targets = Counter(map(self.answer_of, examples))
@@ -129,9 +125,7 @@ class Task:
     # How it learns
 
     def sentences(self, examples, most=1, rng=None):
-        """The sentences that are read with one image's examples, at most `most` where an example
-        has several; rng None: the first ones.
-        """
+        """What is read with one image's examples, at most `most` of an example's own sentences."""
         return [example.text for example in examples]
 
     def target(self, example):
