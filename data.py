@@ -203,7 +203,7 @@ class Example(Struct):
     answers: list[str] = []              # VQA: what ten people said
     answer_type: str = ""                # VQA: yes/no, number, other
     sentences: list[str] = []            # COCO's captions first, then region descriptions
-    captions: int = 0                    # so many of them are COCO's captions
+    captions: int = 0                    # so many of them are captions
     coco: Objects | None = None          # None where COCO has not annotated it
     vg: Objects | None = None
 
@@ -232,8 +232,8 @@ def read_json(path, kind, purpose):
 
 
 def safe_name(name, path):
-    """A file's or folder's name out of an annotation, if it cannot lead out of its folder: whoever
-    writes annotations could otherwise have any file read that the user may read.
+    """A name out of an annotation, if it cannot lead out of its folder: else whoever writes
+    annotations could have any file read that the user may read.
     """
     if not name or name[0] == "/" or ".." in name.split("/") or "\\" in name or "\0" in name:
         raise InputError(f"{path}: the name {name[:80]!r} is empty or leads out of its folder")
@@ -458,9 +458,9 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
         example.id = f"coco {number}"
     train = [*train.values(), *vg_only]
     silent = sum(not example.sentences for example in train)
+    train = [example for example in train if example.sentences]
     if silent:
         say(f"{data}: {silent} images have no sentence; left out")
-    train = [example for example in train if example.sentences]
     if not train:
         raise InputError(f"--data {data}: no image to pre-train on is left")
     return {"train": train, "val": [example for example in val.values() if example.sentences],
@@ -700,10 +700,6 @@ def pad_tokens(lists, pad):
     """N lists of ids -> (N, T) int64, filled up with `pad`."""
     longest = max(map(len, lists))
     return torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens in lists])
-
-
-# --------------------------------------------------------------------------------------------------
-# What items and batches are made with
 
 
 def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):

@@ -80,11 +80,9 @@ def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers
 @torch.no_grad()
 def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=False, rank=0,
             world=1, **loading):
-    """What the model says of each example, in their order; collective: each process does its share,
-    all get all. blind: it sees the mean image. loading: of `evaluation_batches`.
-
-    An answer goes by its example's number, so nothing is counted twice however the examples divide
-    among the processes.
+    """What the model says of each example, in their order. Collective: each process does its share,
+    all get all; an answer goes by its example's number, so nothing counts twice. blind: it sees the
+    mean image. loading: of `evaluation_batches`.
     """
     model.eval()
     task.start(examples, tokenizer)
@@ -123,9 +121,8 @@ class Grounding:
     """
 
     def __init__(self, names, examples=()):
-        """names: {"coco", "vg", "attributes": [...]}, each a name with its synonyms after commas.
-        examples: which attributes occur on one object: those that never do (red, blue) can replace
-        one another in a phrase that is made false.
+        """names: {"coco", "vg", "attributes": [...]}, a name with its synonyms after commas.
+        examples show which attributes occur on one object: others can make a phrase false.
         """
         self.source = "vg" if names["vg"] else "coco"
         self.labels = [line.split(",") for line in names[self.source]]
@@ -210,8 +207,7 @@ class Grounding:
         return words
 
     def all_true(self, facts, sentence):
-        """Whether it names at least one object, and every object phrase in it is true of the
-        image."""
+        """Whether it names an object, and every object phrase in it is true of the image."""
         phrases = self.find(sentence)
         return bool(phrases) and all(
             self.is_true(facts, object_[2], [attribute for _, _, attribute in before])
@@ -271,7 +267,7 @@ def make_probes(examples, grounding, tokenizer, seed=0, per_image=4):
 
 
 def prepare_probes(tokenizer, names, examples):
-    """What `measure` needs, the same at each validation: (Grounding, probes, the mean image)."""
+    """What `measure` needs at each validation: (Grounding, probes, the mean image)."""
     grounding = Grounding(names, examples)
     mean = mean_image([example.files[0] for example in examples[:500]])
     return grounding, make_probes(examples, grounding, tokenizer), mean
@@ -281,7 +277,7 @@ def average_precision(examples, results, source):
     """(AP, AP50) by pycocotools. results: dicts of image_id (a number in `examples`), category_id,
     bbox, score. Crowd regions are absent from the truth, not ignored as officially.
     """
-    truth = {"info": {}, "images": [], "annotations": [], "categories": []}
+    truth = {"info": {}, "images": [], "annotations": []}
     for image_id, example in enumerate(examples):
         objects = getattr(example, source)
         if objects is None:
@@ -296,7 +292,7 @@ def average_precision(examples, results, source):
     truth["categories"] = [{"id": label} for label in labels]
     annotated = {image["id"] for image in truth["images"]}
     results = [result for result in results if result["image_id"] in annotated]
-    if not results or not labels:
+    if not labels:
         return 0.0, 0.0
     scores = detection_scores(results, truth)
     return scores["AP"], scores["AP50"]
@@ -512,8 +508,7 @@ class Predictor:
                 .sigmoid().item()
 
     def answer(self, image, question):
-        """[(answer, probability)], the five likeliest; they need not sum to 1, each has its
-        sigmoid."""
+        """[(answer, probability)], the five likeliest; each has its own sigmoid."""
         self.require("answer")
         with self.inference():
             logits = self.model.classify(*self.encode(self.open(image), sentence=question))
@@ -530,10 +525,9 @@ class Predictor:
         return logits[0].float().softmax(-1)[1].item()
 
     def attention(self, image, sentence=None, threshold=0.5):
-        """Where each word and each object query looks, a dict: words: the T pieces of the sentence;
-        encoder (L, T, T + S): each word's attention among words and cells, by layer, mean over
-        heads, rows sum to 1; objects: as `detect` has them; decoder (L', n, T + S): the
-        cross-attention of their queries; grid: (H, W), H * W = S.
+        """Where each word and each object looks, a dict: words: the T pieces of the sentence;
+        encoder (L, T, T + S): each word's attention by layer, mean over heads; objects: as `detect`
+        has them; decoder (L', n, T + S): their queries' cross-attention; grid: (H, W), H * W = S.
         """
         image = self.open(image)
         stride = self.model.config.stride
@@ -600,9 +594,7 @@ def show_objects(axes, image, objects, title=""):
 
 
 def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, long, device="cpu"):
-    """A PNG of held-out images: truth on the left, on the right what the model says, no sentence
-    given.
-    """
+    """A PNG of held-out images: truth on the left, on the right what the model says."""
     flags = {"short_sides": [short], "long_side": long, "without": without}
     state = {"vocabulary": tokenizer.vocabulary, "names": names, "args": flags}
     predictor = Predictor(state, device, beam=1, model=model)
@@ -628,21 +620,18 @@ def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, lo
     figure.savefig(path)
 
 
-def read_log(folder):
-    """The lines of a run's log.jsonl: [dict]."""
-    text = read_text(os.path.join(folder, "log.jsonl"), "the curves of a run")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def draw_curves(folders, path):
     """A PNG of runs' losses and measures, a colour a run; blind ones dashed, majority's dotted."""
-    runs = [(os.path.basename(os.path.normpath(folder)), read_log(folder)) for folder in folders]
+    runs = []
+    for folder in folders:
+        text = read_text(os.path.join(folder, "log.jsonl"), "the curves of a run")
+        lines = [json.loads(line) for line in text.splitlines()]
+        runs.append((os.path.basename(os.path.normpath(folder)), lines))
     keys = dict.fromkeys(key for _, lines in runs for line in lines for key in line)
     keys = [key for key in keys if key.startswith(("loss", "val_"))]
-    columns = 4
-    rows = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.2 * max(1, rows)), layout="constrained")
-    axes = figure.subplots(max(1, rows), columns, squeeze=False).flatten()
+    rows = max(1, math.ceil(len(keys) / 4))
+    figure = Figure(figsize=(13, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False).flatten()
     for ax in axes[len(keys):]:
         ax.set_axis_off()
     for ax, key in zip(axes, keys):
@@ -663,8 +652,8 @@ def draw_curves(folders, path):
 
 
 def draw_attention(path, image, found, kind):
-    """A PNG, a row for each word or object, a column for each layer; bright is where it looks.
-    found: of `Predictor.attention`; kind: "words" or "objects".
+    """A PNG of `Predictor.attention`: a row for each of kind ("words" or "objects"), a column for
+    each layer; bright is where it looks.
     """
     weights = found["encoder" if kind == "words" else "decoder"]   # (L, n, T + S)
     names = found["words"] if kind == "words" else [thing["label"] for thing in found["objects"]]
@@ -749,10 +738,9 @@ def parse(argv):
         raise InputError("give --checkpoint and --data (measures) or --image (your own); or "
                          "--task, --score and --against; or --curves")
     if (args.curves or args.attention) and not args.output:
-        raise InputError("--output: give a folder for the drawings")
-    for path in (args.json, args.submit):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"{path}: its folder is not there; make it first")
+        raise InputError("give --output, a folder for the drawings")
+    for path in filter(None, (args.json, args.submit)):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if args.output:
         os.makedirs(args.output, exist_ok=True)
     return args
@@ -779,13 +767,11 @@ def run_data(args):
         task.labels = names.get("answers", ())
         split = args.split or "val"
         index = task.index(args.data, split, args.index, print0)
-        for key in index["names"]:
-            if index["names"][key] != names[key]:
-                raise InputError(f"--data {args.data}: its {key} names are not those of "
-                                 f"{args.checkpoint}")
+        if any(index["names"][key] != names[key] for key in index["names"]):
+            raise InputError(f"--data {args.data}: has other classes than {args.checkpoint}")
         examples = index["examples"][:args.examples or None]
         answers = predict(task, model, tokenizer, examples, blind=args.blind, **loading)
-        if rank:
+        if rank > 0:
             return {}
         if args.submit:
             with open(args.submit, "wb") as file:
@@ -803,7 +789,7 @@ def run_data(args):
     examples = decodable(data["val"][:args.examples or 1000], print0)
     if args.output and rank == 0:
         draw_sheet(os.path.join(args.output, "sheet.png"), model, tokenizer, names, examples[:12],
-                   flags.get("without", ()), device=device, **size)
+                   flags["without"], device=device, **size)
     probes = prepare_probes(tokenizer, names, examples)
     return measure_with_blind(model, tokenizer, names, examples, probes, **loading)
 
@@ -847,7 +833,7 @@ def ask(args, predictor, file):
 
 
 def run_images(args):
-    """--image: (answers, exit code). An image that cannot be read is named and left out: code 2."""
+    """(answers, exit code). An image that cannot be read is named and left out: code 2."""
     predictor = Predictor(args.checkpoint, args.device, args.amp == "bf16", args.beam, args.alpha)
     files = image_files(args.image)
     if args.statement:

@@ -458,14 +458,13 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT). The
-        queries' positions keep torch's normal with deviation 1 (DETR), the ResNet torchvision's
-        own.
+        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT), torch's
+        normal 1 for the queries' positions (DETR), torchvision's own for the ResNet.
 
-        Residual branches are scaled by 0.05, so that a new layer changes little. Else a dozen
-        random post-norm layers first blur the image's cells into one another, and nothing is found
-        until that is unlearnt (the idea is Fixup's and DeepNorm's). Cross-attention keeps its size:
-        at first an object query has no content of its own to keep.
+        Residual branches are scaled by 0.05. Else a dozen random post-norm layers first blur the
+        image's cells into one another, and nothing is found until that is unlearnt (the idea is
+        Fixup's and DeepNorm's). Cross-attention keeps its size: at first an object query has no
+        content of its own to keep.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("backbone.resnet"):
@@ -496,12 +495,10 @@ class E2EVLP(nn.Module):
 
     def encode(self, grid, tokens=None, outputs=None):
         """The cross-modal encoder over [CLS] w1 .. wm [SEP] o1 .. oS (section 3.1.2), or over the
-        image alone.
+        image alone. grid: Memory of B images; tokens (B, T) int64 padded with config.pad, or None.
 
-        grid: Memory of B images; tokens (B, T) int64 padded with config.pad, or None. Returns the
-        Memory of T + S (or S) states; with tokens, states[:, 0] is [CLS] and states[:, :T] the
-        words. outputs: only the first so many states are asked for, and the last layer does not
-        compute the others.
+        Returns the Memory of T + S (or S) states; with tokens, states[:, 0] is [CLS], states[:, :T]
+        the words. outputs: the last layer computes only the first so many states.
         """
         x, positions, mask = grid.states, grid.positions, grid.mask
         if tokens is not None:
@@ -721,7 +718,7 @@ def save_checkpoint(path, model, vocabulary, names, **more):
     """Write a checkpoint to a temporary name, sync it, rename it: `path` is always whole.
 
     names: {"coco", "vg", "attributes": [...]}, what the outputs mean; more: what a stage needs to
-    go on (optimizer, step ...), tensors and plain values only. InputError if it is not written.
+    go on (optimizer, step ...), tensors and plain values only.
     """
     state = {"format": FORMAT, "model": model.state_dict(), "config": asdict(model.config),
              "vocabulary": vocabulary, "names": names, **more}
@@ -808,9 +805,8 @@ def load_pretrained(model, state, say=print):
 def walk(config, height, width, words):
     """The forward pass of pre-training for random pixels and words, step by step.
 
-    height, width: pixels; words: word pieces, [CLS] and [SEP] included. Returns rows (step, shape
-    of its output, parameters, FLOPs, name in this file, section of the paper). A parameter counts
-    in the first row that uses it.
+    height, width: pixels; words: word pieces with [CLS] and [SEP]. Returns rows (step, output's
+    shape, parameters where they are first used, FLOPs, name in this file, section of the paper).
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

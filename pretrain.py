@@ -304,11 +304,13 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     batches = iter(loader)
     signals = NotedSignal()
     signal_number = 0
+    if run.ended and run.progress >= 1:
+        print0(f"{args.resume}: has ended; more --steps, --epochs or --minutes would go on")
+        return 0
     run.start_clock()
     while run.progress < 1:
         # The batch, and what its losses are divided by, summed over micro-batches and processes.
-        # The first process's clock and a noted signal travel along, so that all processes agree on
-        # them.
+        # The first process's clock and a noted signal travel along: all processes must agree.
         micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
         normalizers, signal_number = run.agree(objective, micro_batches, signals.number)
         if signal_number:
@@ -323,15 +325,13 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
         sums = defaultdict(float)
         for i, batch in enumerate(micro_batches):
             batch = to_device(batch, run.device)
-            # Gradients are added up over the processes once, in the last micro-batch's backward
-            # pass
+            # Gradients are added up over the processes once, with the last micro-batch
             accumulate = run.world > 1 and i < run.accumulation_steps - 1
             with parallel.no_sync() if accumulate else contextlib.nullcontext():
                 with torch.autocast(torch.device(run.device).type, torch.bfloat16,
                                     enabled=args.amp == "bf16"):
                     losses = parallel(batch, normalizers)
-                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec, and L_v = class + 5 L1 + 2 GIoU +
-                # attribute
+                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec; L_v = class + 5 L1 + 2 GIoU + attribute
                 total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
                 # DDP takes the mean over processes; the normalizers are sums over them already.
                 (total * run.world).backward()
@@ -387,31 +387,34 @@ class Run:
         self.last = os.path.join(args.output, "last.pt")
         self.step = self.broken = 0
         self.seconds = 0.0
-        self.save_due = False
+        self.save_due = self.ended = False
         self.kept = {}  # what a stage adds to its checkpoints
         if state is not None:
             self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]
+            self.ended = state.get("ended", False)
         if len(set(gather(self.step))) > 1:
             raise InputError(f"--resume {args.resume}: the processes find different checkpoints; "
                              "--output must be a folder that all hosts share")
         on_first_process(self.prepare_folder)
 
     def prepare_folder(self):
-        """A new run must not overwrite another; a resumed one drops the log after its
-        checkpoint."""
+        """A new run must not overwrite another; a resumed one drops the log after its checkpoint.
+        """
+        folder = self.args.output
+        has_log = os.path.exists(self.log_file)
+        if self.state is None and (has_log or os.path.exists(self.last)):
+            raise InputError(f"--output {folder}: holds a run; go on with --resume {self.last}, or "
+                             "give another folder")
         try:
-            os.makedirs(self.args.output, exist_ok=True)
-            if self.state is None:
-                if os.path.exists(self.log_file) or os.path.exists(self.last):
-                    raise InputError(f"--output {self.args.output}: holds a run; go on with "
-                                     f"--resume {self.last}, or give another folder")
-                open(self.log_file, "a").close()
-            elif os.path.exists(self.log_file):
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "last.pt.tmp"), "w"):  # better now than after hours
+                pass
+            os.remove(os.path.join(folder, "last.pt.tmp"))
+            if has_log:
                 size = min(os.path.getsize(self.log_file), self.state["log_size"])
                 os.truncate(self.log_file, size)
         except OSError as error:
-            raise InputError(f"--output {self.args.output}: cannot be written ({error.strerror})") \
-                from None
+            raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
 
     def set_up(self, model, tokenizer, names, groups, steps, per_epoch):
         """The optimizer. groups: [(parameters, base rate)]; steps: of the training; per_epoch:
@@ -455,8 +458,8 @@ class Run:
                           worker_init_fn=ignore_signals)
 
     def parallel(self, objective):
-        """The objective for this process: compiled by --compile, wrapped where there are
-        several."""
+        """The objective, its model compiled by --compile, wrapped if there are several processes.
+        """
         if self.args.compile:
             # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
             torch._dynamo.config.optimize_ddp = False
@@ -478,8 +481,7 @@ class Run:
 
     @property
     def progress(self):
-        """The share of the training that is done: of its steps or of its time, whichever is
-        more."""
+        """The share that is done: of the steps or of the time, whichever is more."""
         minutes = self.args.minutes
         return max(self.step / self.steps, self.seconds / (minutes * 60) if minutes else 0)
 
@@ -836,8 +838,7 @@ def pretrain(args, state):
 
 
 def summary(measures, images, folder):
-    """One sentence: what the model learnt, with a blind model's figures beside it, and where to
-    look."""
+    """One sentence: what the model learnt, a blind model's figures beside it, where to look."""
     texts = (("mlm_accuracy_visual", "it guesses {} of the masked words that the image decides"),
              ("itm_accuracy", "tells its own sentences from others at {}"),
              ("itm_accuracy_foil", "and from those with one wrong word at {}"),

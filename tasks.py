@@ -649,8 +649,7 @@ def retrieval_scores(scores, owner):
 
     scores (P, S), higher is better, of P images and S sentences; owner (S,): the row of each
     sentence's image. IR: a sentence looks for its image. TR: an image looks for any of its
-    sentences. A rank is 1 + the number of wrong candidates that score as high or higher: a model
-    without an opinion finds nothing.
+    sentences. A rank is 1 + the number of wrong candidates that score as high or higher.
     """
     P, S = scores.shape
     image_rank = (scores >= scores[owner, np.arange(S)]).sum(0)  # it counts itself: the "1 +"
