@@ -224,7 +224,7 @@ def set_loss(outputs, targets, normalizers=None):
         classes = torch.full(logits.shape[:3], no_object, device=device)
         classes[layer, image, query] = labels[row]
         weight = torch.ones(no_object + 1, device=device, dtype=logits.dtype)
-        weight[no_object] = NO_OBJECT_WEIGHT
+        weight[no_object:].fill_(NO_OBJECT_WEIGHT)  # an assignment would make the host wait
         loss_class = loss_class + F.cross_entropy(
             logits.flatten(0, 2), classes.flatten(), weight=weight, reduction="sum") / class_weight
 
