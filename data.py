@@ -834,12 +834,15 @@ class NotedSignal:
 
     def __init__(self):
         self.number = 0
-        for noted in SIGNALS:
-            signal.signal(noted, self.note)
+        self.former = [signal.signal(noted, self.note) for noted in SIGNALS]
 
     def note(self, number, frame):
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self):
+        for noted, handler in zip(SIGNALS, self.former):
+            signal.signal(noted, handler)
 
 
 def ignore_signals(worker):

@@ -354,6 +354,7 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
         if run.save_due:
             run.save()
 
+    signals.restore()
     if signal_number:
         run.save()
         print0(f"stopped at step {run.step} by a signal; go on with --resume {run.last}")

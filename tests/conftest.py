@@ -1,4 +1,4 @@
-"""What several tests share: a small miniature world, a small model, and running the commands as a user does."""
+"""What several tests share: a small miniature world, a small model and batch, and the commands."""
 
 import importlib
 import multiprocessing
@@ -16,14 +16,14 @@ from model import E2EVLP, Config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A run that takes seconds: the preset made smaller still by flags, as any user may
-TINY = ["--mini", "--width", "32", "--heads", "2", "--feed-forward", "64", "--encoder-layers", "2", "--decoder-layers",
-        "2", "--workers", "0", "--minutes", "0", "--batch-size", "4", "--sentences-per-picture", "2", "--warmup", "0",
-        "--val-pictures", "4", "--log-every", "1"]
+TINY = """--mini --width 32 --heads 2 --feed-forward 64 --encoder-layers 2 --decoder-layers 2
+    --workers 0 --minutes 0 --batch-size 4 --sentences-per-picture 2 --warmup 0 --val-pictures 4
+    --log-every 1""".split()
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A miniature world of 64 training pictures. Tests only read it."""
+    """A miniature world of 64 training images. Tests only read it."""
     folder = tmp_path_factory.mktemp("data") / "world"
     shapes.write_world(str(folder), seed=3, train=64, val=8, test=8)
     return str(folder)
@@ -38,8 +38,8 @@ def weights(tmp_path_factory):
     return str(path)
 
 
-# Most of a small command's time is importing torch. So commands run in forks of one process that has imported all,
-# has done nothing yet, and is started once; with `launch` (torchrun) as real command lines.
+# Most of a small command's time is importing torch. So commands run in forks of one process that
+# has imported everything and is started once; with `launch` (torchrun) as real command lines.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "pretrain", "finetune", "evaluate"])
 
@@ -47,8 +47,9 @@ FORKS.set_forkserver_preload(["conftest", "pretrain", "finetune", "evaluate"])
 def _work(script, words, cwd, environment, files):
     """In the fork: become `python script words` with the files as stdin, stdout and stderr."""
     for number, path in enumerate(files):
-        os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin, sys.stdout, sys.stderr = (open(number, "w" if number else "r", closefd=False) for number in range(3))
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, "w" if number else "r", closefd=False) for number in range(3))
     multiprocessing.set_start_method(None, force=True)  # the usual one, for loaders
     os.chdir(cwd)
     os.environ.update(environment)
@@ -58,15 +59,17 @@ def _work(script, words, cwd, environment, files):
 
 
 def run_command(*words, launch=(), cwd=ROOT, stdin=os.devnull, timeout=300, **environment):
-    """Run a command line of the repository: run_command("pretrain.py", ...) -> CompletedProcess with text."""
+    """Run a command of the repository: run_command("pretrain.py", ...) -> CompletedProcess."""
     words = list(map(str, words))
     if launch:
         words[0] = os.path.join(ROOT, words[0])
-        return subprocess.run([sys.executable, *launch, *words], cwd=cwd, text=True, capture_output=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=timeout)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run([sys.executable, *launch, *words], cwd=cwd, text=True,
+                              capture_output=True, env=environment, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         files = [str(stdin), f"{folder}/out", f"{folder}/err"]
-        process = FORKS.Process(target=_work, args=(words[0], words[1:], str(cwd), environment, files))
+        process = FORKS.Process(target=_work, args=(words[0], words[1:], str(cwd), environment,
+                                                    files))
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -82,12 +85,12 @@ def command():
 
 
 def small_model(**changes):
-    """A model of all parts that computes in milliseconds; batch norm with statistics as if it had been trained."""
+    """A model of all parts that computes in milliseconds, batch norm as if it had been trained."""
     torch.manual_seed(0)
-    model = E2EVLP(Config(**{**dict(
-        backbone="r18", stride=16, width=32, heads=2, feed_forward=64, encoder_layers=2, decoder_layers=2, queries=5,
-        dropout=0.0, vocabulary=50, max_tokens=12, classes={"coco": 3, "vg": 4}, attributes=6, pad=0, cls=2, sep=3,
-        mask=4), **changes}))
+    small = dict(backbone="r18", stride=16, width=32, heads=2, feed_forward=64, encoder_layers=2,
+                 decoder_layers=2, queries=5, dropout=0.0, vocabulary=50, max_tokens=12,
+                 classes={"coco": 3, "vg": 4}, attributes=6, pad=0, cls=2, sep=3, mask=4)
+    model = E2EVLP(Config(**{**small, **changes}))
     for name, tensor in model.state_dict().items():
         if "running_mean" in name or "bn" in name and name.endswith("bias"):
             tensor.normal_(std=0.3)  # shifts, so that zeros do not stay zeros
@@ -101,36 +104,34 @@ def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabula
     """A batch as pretrain.collate makes it, of random pixels and words."""
     g = torch.Generator().manual_seed(seed)
     B = len(sizes)
-    images = torch.zeros(B, 3, max(h for h, _ in sizes), max(w for _, w in sizes), dtype=torch.uint8)
-    for row, (h, w) in zip(images, sizes):
+    sizes = torch.tensor(sizes)
+    images = torch.zeros(B, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for row, (h, w) in zip(images, sizes.tolist()):
         row[:, :h, :w] = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
 
-    def words():
-        tokens = torch.randint(5, vocabulary, (B, K, T), generator=g)
-        tokens[..., 0] = 2
-        for b in range(B):
-            for k in range(K):
-                length = int(torch.randint(3, T + 1, (1,), generator=g))
-                tokens[b, k, length - 1] = 3
-                tokens[b, k, length:] = 0
-        return tokens
+    def sentences():
+        tokens = torch.randint(5, vocabulary, (B * K, T), generator=g)
+        tokens[:, 0] = 2
+        for row, length in zip(tokens, torch.randint(3, T + 1, (B * K,), generator=g).tolist()):
+            row[length - 1] = 3
+            row[length:] = 0
+        return tokens.view(B, K, T)
 
-    tokens, captions = words(), words()
-    labels = torch.where((tokens > 4) & (torch.rand(tokens.shape, generator=g) < 0.4), tokens, -1)
-    labels[0, 0, 1] = 7
+    tokens, captions = sentences(), sentences()
+    masked = (tokens > 4) & (torch.rand(tokens.shape, generator=g) < 0.4)
+    masked[0, 0, 1] = True
+    positions = masked.flatten().nonzero()[:, 0]
     targets = []
     for b in range(B):
-        source, n = ("coco", "vg")[b % 2], (2, 3, 0)[b % 3]
-        target = {"source": source, "labels": torch.randint(0, 3, (n,), generator=g),
-                  "boxes": torch.rand(n, 4, generator=g) * 0.3 + 0.2}
-        if source == "vg":
-            target["attributes"] = (torch.rand(n, 6, generator=g) < 0.4).float()
-        targets.append(target)
-    positions = (labels.flatten() >= 0).nonzero()[:, 0]
-    sizes = torch.tensor(sizes)
-    return {"images": images, "sizes": sizes, "tokens": tokens, "captions": captions,
-            "padded": bool((sizes != sizes.amax(0)).any()), "mlm_positions": positions,
-            "mlm_labels": labels.flatten()[positions],
+        n = (2, 3, 0)[b % 3]
+        targets.append({"source": ("coco", "vg")[b % 2],
+                        "labels": torch.randint(0, 3, (n,), generator=g),
+                        "boxes": torch.rand(n, 4, generator=g) * 0.3 + 0.2})
+        if b % 2:
+            targets[b]["attributes"] = (torch.rand(n, 6, generator=g) < 0.4).float()
+    return {"images": images, "sizes": sizes, "padded": bool((sizes != sizes.amax(0)).any()),
+            "tokens": tokens, "captions": captions, "mlm_positions": positions,
+            "mlm_labels": tokens.flatten()[positions],
             "itm_labels": torch.randint(0, 2, (B, K), generator=g),
             "no_sentence": torch.tensor([b == 1 for b in range(B)]), "targets": targets,
             "ids": [f"image {b}" for b in range(B)], "broken": []}

@@ -1,242 +1,236 @@
-"""What a GPU would refuse or wait for, found without one.
+"""A GPU computes what the CPU computes, in float32 and bf16: pre-training, the five tasks,
+generation; a whole training runs there, resumes, and seldom makes the host wait.
 
-`Pretended` tensors say that they are on cuda:0 and compute on the CPU; operations that mix them with the host's are
-refused as CUDA refuses them, and each that makes the host wait for the device is counted. The kernels, their precision
-and `torch.autocast` are the CPU's, so what only those do wrong is not found here.
+These tests are skipped where there is no GPU. One is not: it looks for tensors on a wrong device
+with fake tensors, which have a device and no numbers.
 """
 
-import collections
-import contextlib
-import importlib
 import json
-import os
-import sys
-import traceback
+import math
+import warnings
 
 import pytest
 import torch
-from conftest import FORKS, ROOT, TINY, run_command
+from conftest import TINY, run_command, small_batch, small_model
+from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map_only
 
-import finetune
+import matcher
+import pretrain
+from data import Tokenizer
+from evaluate import predict
+from finetune import FineTuning, TaskSet, collate_task
+from matcher import LOSS_WEIGHTS, set_loss, to_device
+from pretrain import Pretraining
+from tasks import TASKS, make_task
 
-aten = torch.ops.aten
-GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
-# The host may give the device an index, a tensor to copy, and numbers without dimensions; not to these
-ONE_DEVICE = {aten.cat.default, aten.stack.default}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
-            aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
-# How many elements there are is known on the device alone
-COUNTING = {aten.nonzero.default, aten.masked_select.default, aten.repeat_interleave.Tensor, aten._unique2.default,
-            aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default}
-
-
-class Pretended(torch.Tensor):
-    """A tensor of the device that is not there; `inner` has its numbers. To torch's own C++ it is one of the CPU."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: GPU)
-    is_cuda = property(lambda self: True)
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=HOST)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __repr__(self, **_):
-        return f"Pretended({self.inner})"
-
-    def __reduce_ex__(self, protocol):  # in a checkpoint, which is loaded to the host
-        return self.inner.__reduce_ex__(protocol)
-
-    def to(self, *words, **named):
-        """Of the many ways to call it, those with a device."""
-        device = named.pop("device", None) or next((x for x in words if isinstance(x, (str, torch.device))), None)
-        if device is None or torch.device(device).type == "cuda":
-            words = [x for x in words if not isinstance(x, (str, torch.device))]
-            return super().to(*words, **named) if words or named.keys() - {"non_blocking", "copy"} else self
-        assert set(words) <= {device} and named.keys() <= {"non_blocking"}, "to: not pretended"
-        if not named.get("non_blocking"):
-            Gpu.waited("to the host")
-        return self.inner.clone().requires_grad_(self.requires_grad)
-
-    def cpu(self):
-        return self.to("cpu")
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} outside of Gpu()")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE = "cuda"
 
 
-class Gpu(TorchDispatchMode):
-    """With it, device "cuda" is there. `waits` counts the operations at which the host waits for it, by name."""
-
-    waits = collections.Counter()
-
-    @classmethod
-    def waited(cls, what):
-        # What torch's own Python asks for itself is another thing where a device is there
-        if sys._getframe(2).f_code.co_filename.startswith(ROOT) or what != "to the host":
-            cls.waits[what] += 1
-
-    def __enter__(self):
-        torch.cuda._lazy_init = lambda: None  # which would look for a driver
-        torch.cuda.get_device_name = lambda device=None: "a pretended GPU"
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks this mode to carry it over
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        ours = [x for x in tensors if isinstance(x, Pretended)]
-        on_gpu = bool(ours)
-        if ours:
-            self.look(function, args, tensors)
-        if kwargs.get("device") is not None:  # that of the host also comes from torch itself, for which all are there
-            on_gpu = on_gpu or torch.device(kwargs["device"]).type == "cuda"
-            if tensors and not ours and on_gpu and not kwargs.get("non_blocking"):
-                Gpu.waited("from the host")
-            kwargs.update(device=HOST, pin_memory=False)
-        out = function(*tree_map(bare, args), **tree_map(bare, kwargs))
-        known = {id(x.inner): x for x in ours}
-
-        def dressed(x):
-            if not on_gpu or not isinstance(x, torch.Tensor):
-                return x
-            return known[id(x)] if id(x) in known else Pretended(x)
-
-        return tree_map(dressed, out)
-
-    def look(self, function, args, tensors):
-        """RuntimeError where CUDA has one; count what waits."""
-        host = [x for x in tensors if not isinstance(x, Pretended)]
-        name = function.overloadpacket.__name__
-        if function in INDEXING:
-            if not isinstance(args[0], Pretended):
-                raise RuntimeError(f"{name}: indices should be on the indexed tensor's device (cpu)")
-            if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-                Gpu.waited(f"{name} by a mask")
-            if any(x is not None and x.dim() and not isinstance(x, Pretended) for x in args[1]):
-                Gpu.waited("from the host")
-        elif function is aten.copy_.default:
-            if any(x.dim() for x in host) and not (len(args) > 2 and args[2]):  # of a number, CUDA has a kernel
-                Gpu.waited("copy_")
-        elif host and (function in ONE_DEVICE or any(x.dim() for x in host) or host[0] is args[0] and name[-1] == "_"):
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found at least two, cuda:0 "
-                               "and cpu")
-        if function is aten._local_scalar_dense.default or function in COUNTING or function is aten.equal.default:
-            Gpu.waited(name)
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    """Convolutions without TF32, which has the digits of float16."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def bare(x):
-    return x.inner if isinstance(x, Pretended) else x
+def close(found, expected, rtol=1e-3, atol=1e-4):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        a, b = found[name].detach().cpu().float(), expected[name].detach().cpu().float()
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol * max(1.0, float(b.abs().max())),
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# With forks, so that what Gpu() changes in torch is gone with them
+def step(objective, batch, device, amp=False):
+    """(losses, gradients) of a training step of a model that lies on the CPU."""
+    normalizers = objective.normalizers(batch)
+    objective.to(device).zero_grad()
+    with torch.autocast(device, torch.bfloat16, enabled=amp):
+        losses = objective(to_device(batch, device), normalizers)
+    sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()).backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return losses, gradients
 
 
-def _work(function, words, path):
-    torch.set_num_threads(1)
-    with open(path, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), Gpu():
+@gpu
+@pytest.mark.parametrize("sizes", [((64, 80), (50, 96), (64, 64)), ((64, 80),) * 3],
+                         ids=["padded", "equal"])
+def test_a_step_of_pretraining_is_the_cpus(sizes):
+    batch = small_batch(sizes)
+    expected, expected_gradients = step(Pretraining(small_model()), batch, "cpu")
+    losses, gradients = step(Pretraining(small_model()), batch, DEVICE)
+    close(losses, expected)
+    close(gradients, expected_gradients, rtol=1e-2, atol=1e-3)
+    losses, gradients = step(Pretraining(small_model()), batch, DEVICE, amp=True)
+    close(losses, expected, rtol=0.05, atol=0.02)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@gpu
+def test_the_set_loss_and_its_gradient_are_the_cpus():
+    batch, results = small_batch(), []
+    with torch.no_grad():
+        objects = small_model()(batch)["objects"]
+    for device in (DEVICE, "cpu"):
+        tensors = tree_map_only(torch.Tensor, lambda x: x.clone().requires_grad_(),
+                                to_device(objects, device))
+        losses = set_loss(tensors, to_device(batch["targets"], device))
+        sum(losses.values()).backward()
+        results.append({**losses, "boxes": tensors["boxes"].grad,
+                        "attributes": tensors["attributes"].grad,
+                        **{source: x.grad for source, x in tensors["logits"].items()}})
+    close(*results, rtol=1e-4, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("beam", [1, 4])
+@torch.no_grad()
+def test_captions_are_the_cpus(beam):
+    captions = []
+    for device in (DEVICE, "cpu"):
+        model = small_model(vocabulary=9)
+        model.caption.weight.mul_(3)  # its choices are not all nearly alike
+        batch = to_device(small_batch(), device)
+        grid = model.to(device).encode_image(batch["images"], batch["sizes"])
+        captions.append(model.generate(model.encode(grid), beam=beam))
+    for (words, score), (expected, expected_score) in zip(*captions, strict=True):
+        assert words == expected and score == pytest.approx(expected_score, abs=1e-3)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task_case(request, world, tmp_path_factory):
+    """(objective, batch, examples, tokenizer) of a task's first three items in the world."""
+    tokenizer = Tokenizer(f"{world}/vocab.txt")
+    task = make_task(request.param, {"negatives": 2})  # of three images all others: none is drawn
+    folder = str(tmp_path_factory.mktemp("index"))
+    index = task.index(world, "train", folder, say=lambda *_: None)
+    if task.new_head:
+        task.labels = task.choose_labels(index["targets"], index["targets"])
+    model = small_model(
+        vocabulary=len(tokenizer), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
+        sep=tokenizer.sep, mask=tokenizer.mask, classifier_images=task.images,
+        classifier_outputs=len(task.labels), classes={"coco": 80, "vg": 4})
+    items = TaskSet(task, index["examples"], tokenizer, short_sides=[64], long_side=96)
+    batch = collate_task([items[0, i, 0] for i in range(3)], tokenizer.pad)
+    return FineTuning(model, task, False), batch, index["examples"][:3], tokenizer
+
+
+@gpu
+def test_a_step_of_each_task_is_the_cpus_and_it_answers(task_case):
+    objective, batch, examples, tokenizer = task_case
+    expected, expected_gradients = step(objective, batch, "cpu")
+    expected_gradients = {name: g.clone() for name, g in expected_gradients.items()}
+    losses, gradients = step(objective, batch, DEVICE)
+    close(losses, expected)
+    close(gradients, expected_gradients, rtol=1e-2, atol=1e-3)
+    answers = predict(objective.task, objective.model, tokenizer, examples, device=DEVICE,
+                      short=64, long=96)
+    assert len(answers) == 3
+    objective.to("cpu")
+
+
+def read_log(folder):
+    with open(folder / "log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+@gpu
+def test_a_whole_training_with_validation_begins_as_the_cpus(world, tmp_path):
+    logs = {}
+    for name, device, amp in (("cpu", "cpu", "none"), ("cuda", DEVICE, "none"),
+                              ("bf16", DEVICE, "bf16")):
+        done = run_command("pretrain.py", *TINY, "--data", world, "--steps", "4", "--val-every",
+                           "2", "--output", tmp_path / name, "--device", device, "--amp", amp)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs[name] = read_log(tmp_path / name)
+    first = {name: {k: v for k, v in log[0].items() if k.startswith("loss")}
+             for name, log in logs.items()}
+    assert first["cuda"] == pytest.approx(first["cpu"], rel=0.01, abs=1e-3)  # with TF32
+    assert first["bf16"] == pytest.approx(first["cpu"], rel=0.05, abs=0.02)
+    for log in logs.values():
+        assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4]
+        assert log[-1].keys() == logs["cpu"][-1].keys() and "val_AP50" in log[-1]
+        assert all(math.isfinite(value) for line in log for value in line.values())
+
+
+def training(world, folder, *words):
+    words = [*TINY, "--data", world, "--val-pictures", "1", "--schedule", "step",
+             "--output", str(folder), "--device", DEVICE, *words]
+    assert pretrain.main(words) == 0
+
+
+@gpu
+def test_a_resumed_training_ends_with_the_weights_of_one_that_never_stopped(world, tmp_path):
+    """Bit for bit, if two equal runs are; else their logs are close."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for name in ("whole", "again"):
+            training(world, tmp_path / name, "--steps", "4")
+        training(world, tmp_path / "half", "--steps", "2")
+        resumed = ["--resume", str(tmp_path / "half" / "last.pt"), "--steps", "4"]
+        training(world, tmp_path / "half", *resumed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    whole, again, half = (torch.load(tmp_path / name / "last.pt", map_location="cpu")["model"]
+                          for name in ("whole", "again", "half"))
+    if all(torch.equal(whole[name], again[name]) for name in whole):
+        assert [name for name in whole if not torch.equal(whole[name], half[name])] == []
+    expected = [line["loss"] for line in read_log(tmp_path / "whole") if "loss" in line]
+    found = [line["loss"] for line in read_log(tmp_path / "half") if "loss" in line]
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@gpu
+def test_a_step_makes_the_host_wait_three_times_at_most(world, tmp_path, capsys):
+    """For the costs of the matching of each of the two label sets, and: is the gradient finite?"""
+    after_step = []
+    torch.cuda.reset_peak_memory_stats()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hook = register_optimizer_step_post_hook(lambda *_: after_step.append(len(caught)))
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            function(*words)
-        except BaseException:
-            traceback.print_exc()
-            raise
+            training(world, tmp_path / "out", "--steps", "5", "--log-every", "9")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            hook.remove()
+    waits = []
+    for first, last in zip(after_step[1:], after_step[2:]):  # the first step is logged, which waits
+        waits.append([f"{w.filename}:{w.lineno}" for w in caught[first:last]
+                      if "synchroniz" in str(w.message)])
+    with capsys.disabled():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        print(f"\n{peak:.0f} MiB at the peak; waits of a step: {waits[-1]}")
+    assert waits and all(1 <= len(of_step) <= 3 for of_step in waits), waits
 
 
-def pretend(tmp_path, function, *words):
-    """Run function(*words) with the pretended GPU; what it printed."""
-    path = tmp_path / "said"
-    process = FORKS.Process(target=_work, args=(function, words, path))
-    process.start()
-    process.join(300)
-    process.kill()
-    said = path.read_text()
-    assert process.exitcode == 0, said[-3000:]
-    return said
+def forward_on_a_fake_gpu(objective, batch, monkeypatch):
+    """The losses' devices, where all tensors are fake and those of different devices do not mix."""
+    def match(logits, boxes, targets):  # the true one needs numbers
+        n = sum(len(target["labels"]) for target in targets)
+        return tuple(torch.zeros(n, dtype=torch.long, device=logits.device) for _ in range(4))
+
+    monkeypatch.setattr(matcher, "hungarian_match", match)
+    normalizers = objective.normalizers(batch)
+    mode = FakeTensorMode()
+    batch, weights = tree_map_only(
+        torch.Tensor, mode.from_tensor,
+        (to_device(batch, "cpu"), {**dict(objective.named_parameters()),
+                                         **dict(objective.named_buffers())}))
+    with mode, torch.no_grad():
+        weights = to_device(weights, "cuda:0")
+        inputs = (to_device(batch, "cuda:0"), normalizers)
+        losses = torch.func.functional_call(objective, weights, inputs)
+    return {loss.device for loss in losses.values()}
 
 
-def run(script, *words):
-    assert importlib.import_module(script).main([*map(str, words), "--device", "cuda:0"]) == 0
+def test_no_tensor_of_pretraining_is_on_a_wrong_device(monkeypatch):
+    found = forward_on_a_fake_gpu(Pretraining(small_model()), small_batch(), monkeypatch)
+    assert found == {torch.device("cuda", 0)}
 
 
-def refusals():
-    here, there = torch.ones(3, 4), torch.ones(3, 4, device="cuda:0")
-    layer = torch.nn.Linear(4, 2).to("cuda:0")
-    layer(there).square().sum().backward()
-    assert {x.device for x in (there, there[torch.tensor([0])], there + torch.tensor(1.0), torch.zeros_like(there),
-                               torch.tensor([1], device="cuda:0"), layer.weight, layer.weight.grad)} == {GPU}
-    assert there.cpu().device == here.device and there.tolist() == here.tolist()
-    for mixed in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here[there[:, 0].long()],
-                  lambda: layer(here), lambda: there.numpy(), lambda: torch.stack([there[0, 0], here[0, 0]])):
-        with pytest.raises((RuntimeError, TypeError)):
-            mixed()
-
-
-def test_what_is_pretended_is_what_cuda_does(tmp_path):
-    pretend(tmp_path, refusals)
-
-
-def steps(words):
-    """Pre-train; print what waited in each step."""
-    waits, before = [], collections.Counter()
-
-    def note(*_):
-        waits.append(Gpu.waits - before)
-        before.update(waits[-1])
-
-    register_optimizer_step_post_hook(note)
-    run("pretrain", *words)
-    print(json.dumps(waits))
-
-
-def test_pretraining_is_all_on_the_device_and_seldom_waits_for_it(tmp_path, world, command):
-    words = [*TINY, "--val-pictures", "1", "--log-every", "9", "--data", world, "--steps", "4"]
-    assert command("pretrain.py", *words, "--output", tmp_path / "cpu").returncode == 0
-    said = pretend(tmp_path, steps, [*words, "--output", tmp_path / "gpu"])
-    logs = []
-    for device in ("cpu", "gpu"):
-        with open(tmp_path / device / "log.jsonl") as file:
-            logs.append([json.loads(line) for line in file])
-    for ours, expected in zip(*logs, strict=True):
-        clock = {k: v for k, v in ours.items() if "second" in k}
-        assert ours == pytest.approx({**expected, **clock}, rel=1e-3, abs=1e-4)
-    # The costs of each source's matching, and whether the gradient is finite. The second's are with the first's log.
-    _, _, *others = json.loads(said.splitlines()[-1])
-    assert len(others) == 2
-    for waits in others:
-        assert waits.pop("to the host", 0) <= 2 and waits == {"_local_scalar_dense": 1}
-
-
-@pytest.fixture(scope="module")
-def start(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start") / "out"
-    done = run_command("pretrain.py", *TINY, "--val-pictures", "1", "--data", world, "--output", folder, "--steps", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "last.pt"
-
-
-@pytest.mark.parametrize("task", finetune.DEFAULTS)
-def test_fine_tuning_and_evaluation_are_all_on_the_device(tmp_path, world, start, task):
-    pretend(tmp_path, run, "finetune", "--task", task, "--mini", "--minutes", "0", "--workers", "0", "--init", start,
-            "--data", world, "--output", tmp_path / "out", "--epochs", "0.02", "--val-examples", "4")
-
-
-def test_own_pictures_are_all_on_the_device(tmp_path, world, start):
-    folder = os.path.join(world, "coco", "val2017")
-    picture = os.path.join(folder, sorted(os.listdir(folder))[0])
-    for words in ([picture, "--attention", tmp_path / "looks", "--sentence", "a red circle"], [
-            folder, "--find", "a red circle"]):
-        pretend(tmp_path, run, "evaluate", "--checkpoint", start, "--output", tmp_path / "seen", "--image", *words)
+def test_no_tensor_of_a_task_is_on_a_wrong_device(task_case, monkeypatch):
+    objective, batch, _, _ = task_case
+    assert forward_on_a_fake_gpu(objective, batch, monkeypatch) == {torch.device("cuda", 0)}

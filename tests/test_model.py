@@ -1,11 +1,15 @@
-"""The architecture: sizes, masks, what may see what, generation, checkpoints."""
+"""The architecture equals independent references, an image's result does not depend on its batch,
+nothing sees what it must not, generation finds what a slow search finds, a checkpoint is whole or
+refused, and the walk's numbers are those of the formulas.
+"""
 
-import copy
+import contextlib
 import errno
 import functools
 import itertools
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -14,600 +18,560 @@ import torchvision
 from conftest import small_batch, small_model
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from transformers import BertConfig, DetrConfig
+from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.detr.modeling_detr import DetrDecoder, DetrEncoder, DetrMLPPredictionHead
 
 import model as model_module
 from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, InputError
+from matcher import LOSS_WEIGHTS
 from model import (
     E2EVLP,
     Attention,
     Config,
-    DecoderLayer,
-    EncoderLayer,
-    FoldedConv,
-    FrozenBatchNorm,
-    Memory,
+    build_model,
     count_parameters,
     load_checkpoint,
-    load_weights,
+    load_pretrained,
     save_checkpoint,
     sine_positions,
+    walk,
 )
-
-# ----------------------------------------------------------------------------------------------------------------
-# Sizes
+from pretrain import Pretraining
 
 
-@pytest.mark.parametrize("layers,millions", [(12, (59.4, 78.4, 94.0)), (6, (53.9, 72.8, 88.4))])
-def test_parameter_counts_of_table_5(layers, millions):
-    for backbone, expected in zip(("r50", "r101", "r152"), millions):
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+def image_memory(model, batch):
+    return model.encode_image(batch["images"], batch["sizes"], batch["padded"])
+
+
+def pretraining_loss(model, batch):
+    objective = Pretraining(model)
+    losses = objective(batch, objective.normalizers(batch))
+    return sum(LOSS_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()), losses
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes and first weights
+
+
+def test_parameter_counts_of_table_5():
+    for backbone, millions in (("r50", 59.4), ("r101", 78.4), ("r152", 94.0)):
         with torch.device("meta"):
-            model = E2EVLP(Config(backbone=backbone, encoder_layers=layers))
-        assert round(count_parameters(model) / 1e6, 1) == expected
+            model = E2EVLP(Config(backbone=backbone))
+        assert round(count_parameters(model) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("stride", [16, 32])
-@pytest.mark.parametrize("size", [(64, 64), (65, 97), (33, 50), (96, 71)])
-def test_grid_has_a_cell_for_each_started_stride(stride, size):
-    model = small_model(stride=stride)
-    grid = model.encode_picture(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.tensor([size]))
-    assert grid.states.shape == (1, math.ceil(size[0] / stride) * math.ceil(size[1] / stride), 32)
-    assert grid.mask is None
-
-
-def test_forward_gives_every_parameter_a_gradient():
-    model, batch = small_model(), small_batch()
-    out = model.train()(batch)
-    assert out["mlm"].shape == (len(batch["mlm_words"]), 50) and out["itm"].shape == (6, 2)
-    assert out["caption"].shape == (6, 6, 50)
-    objects = out["objects"]
-    assert objects["logits"]["coco"].shape == (2, 3, 5, 4) and objects["logits"]["vg"].shape == (2, 3, 5, 5)
+def test_pretraining_gives_every_parameter_a_gradient():
+    model, batch = small_model().train(), small_batch()
+    shapes = {name: x.shape for name, x in model(batch).items() if name != "objects"}
+    masked = len(batch["mlm_positions"])
+    assert shapes == {"mlm": (masked, 50), "itm": (6, 2), "caption": (6, 6, 50)}
+    objects = model(batch)["objects"]
+    assert objects["logits"]["coco"].shape == (2, 3, 5, 4)
+    assert objects["logits"]["vg"].shape == (2, 3, 5, 5)
     assert objects["boxes"].shape == (2, 3, 5, 4) and objects["attributes"].shape == (2, 3, 5, 6)
-    total = sum(x.square().sum() for x in (
-        out["mlm"], out["itm"], out["caption"], objects["boxes"], objects["attributes"], *objects["logits"].values()))
-    total.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    pretraining_loss(model, batch)[0].backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
 
 
-# ----------------------------------------------------------------------------------------------------------------
+def test_first_weights():
+    """Xavier draws from -a to a, a = sqrt(6 / (in + out)); what a residual branch adds starts at a
+    twentieth of that. Embeddings of words have a deviation of 0.02, padding is zero.
+    """
+    model = E2EVLP(Config(backbone="r18", width=64, heads=4, feed_forward=128, encoder_layers=2,
+                          decoder_layers=2, vocabulary=500))
+    bound = math.sqrt(6 / (128 + 64))  # these matrices have 128 inputs and 64 outputs
+    scaled = [layer.feed_forward[3] for layer in (*model.encoder, *model.decoder)]
+    scaled += [layer.attention.out for layer in model.encoder]
+    scaled += [layer.self_attention.out for layer in model.decoder]
+    for linear in scaled:
+        assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20
+        assert not linear.bias.any()
+    for layer in model.decoder:
+        assert 0.9 * bound < layer.cross_attention.out.weight.abs().max() < bound
+    token = model.sentence.token.weight
+    assert not token[0].any() and 0.019 < token[1:].std() < 0.021
+    assert 0.9 < model.query_positions.weight.std() < 1.1
+
+
+# --------------------------------------------------------------------------------------------------
 # The parts against references
 
 
-def slow_sine_positions(height, width, channels):
-    """DETR's formula, one number at a time: channel 2 i the sine, 2 i + 1 the cosine, of wavelength 10000^(2 i / d)."""
-    d = channels // 2
-    out = torch.zeros(height, width, channels, dtype=torch.float64)
-    for r, c, i in itertools.product(range(height), range(width), range(d)):
-        wave = 10000 ** (2 * (i // 2) / d)
-        for at, place in ((0, (r + 1) / height), (d, (c + 1) / width)):
-            angle = place * 2 * math.pi / wave
-            out[r, c, at + i] = math.cos(angle) if i % 2 else math.sin(angle)
-    return out
-
-
-def test_sine_positions_are_detrs_in_another_order_and_counted_over_the_unpadded_area():
+def test_sine_positions_equal_detrs_formula_over_the_unpadded_area():
+    """DETR's channel 2 i is the sine, 2 i + 1 the cosine, of wavelength 10000^(2 i / d); here the
+    sines come first.
+    """
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[0, :3, :4] = mask[1] = True
     found = sine_positions(mask, 16).view(2, 4, 5, 16)
-    order = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]  # sines first, then cosines; DETR has them in turn
-    for b, (h, w) in enumerate(((3, 4), (4, 5))):
-        expected = slow_sine_positions(h, w, 16)[..., order].float()
-        torch.testing.assert_close(found[b, :h, :w], expected, rtol=1e-4, atol=1e-5)
+    for b, (height, width) in enumerate(((3, 4), (4, 5))):
+        for row, column, i in itertools.product(range(height), range(width), range(4)):
+            for channel, share in ((i, (row + 1) / height), (8 + i, (column + 1) / width)):
+                angle = 2 * math.pi * share / 10000 ** (2 * i / 8)
+                sine, cosine = found[b, row, column, [channel, channel + 4]].tolist()
+                assert sine == pytest.approx(math.sin(angle), abs=1e-5)
+                assert cosine == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def copy_attention(ours, theirs):
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
-        theirs.out_proj.load_state_dict(ours.out.state_dict())
-
-
-def copy_layer(ours, theirs):
-    names = ("norm1", "norm2", "norm3") if hasattr(ours, "norm3") else ("norm1", "norm2")
-    for name in names:
-        for p in getattr(ours, name).parameters():
-            nn.init.uniform_(p, 0.5, 1.5)
-        getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
-    theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
-    theirs.linear2.load_state_dict(ours.feed_forward[3].state_dict())
-
-
-CONFIG = Config(width=64, heads=2, head_width=32, feed_forward=96, dropout=0.0)
-
-
-def test_attention_equals_pytorchs():
-    ours, theirs = Attention(CONFIG), nn.MultiheadAttention(64, 2, batch_first=True)
-    copy_attention(ours, theirs)
-    query, key, value = torch.randn(3, 5, 64), torch.randn(3, 7, 64), torch.randn(3, 7, 64)
-    mask = torch.rand(3, 7) < 0.7
+@torch.no_grad()
+def test_attention_with_heads_wider_than_the_model_equals_the_formula():
+    attention = Attention(Config(width=16, heads=3, head_width=32)).eval()
+    x, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    mask = torch.rand(2, 7) < 0.7
     mask[:, 0] = True
-    expected, _ = theirs(query, key, value, key_padding_mask=~mask)
-    torch.testing.assert_close(ours(query, ours.keys_values(key, value), mask), expected, rtol=1e-4, atol=1e-5)
+    found = attention(x, attention.keys_values(memory, 2 * memory), mask)
+    for b, t in itertools.product(range(2), range(5)):
+        heads = []
+        for h in range(3):
+            rows = slice(32 * h, 32 * h + 32)
+            q = attention.q(x[b, t])[rows]
+            k, v = attention.k(memory[b, mask[b]])[:, rows], attention.v(2 * memory[b, mask[b]])
+            heads.append((k @ q / math.sqrt(32)).softmax(0) @ v[:, rows])
+        close(found[b, t], attention.out(torch.cat(heads)))
 
 
-def test_layers_equal_pytorchs_post_norm_layers():
-    ours, theirs = EncoderLayer(CONFIG), nn.TransformerEncoderLayer(64, 2, 96, 0.0, "gelu", batch_first=True)
-    copy_layer(ours, theirs)
-    copy_attention(ours.attention, theirs.self_attn)
-    x, mask = torch.randn(3, 6, 64), torch.rand(3, 6) < 0.7
-    mask[:, 0] = True
-    there = mask[..., None]
-    torch.testing.assert_close(ours(x, torch.zeros_like(x), mask) * there,
-                               theirs(x, src_key_padding_mask=~mask) * there, rtol=1e-4, atol=1e-5)
-    ours, theirs = DecoderLayer(CONFIG), nn.TransformerDecoderLayer(64, 2, 96, 0.0, "gelu", batch_first=True)
-    copy_layer(ours, theirs)
-    copy_attention(ours.self_attention, theirs.self_attn)
-    copy_attention(ours.cross_attention, theirs.multihead_attn)
-    memory = Memory(torch.randn(3, 6, 64), torch.zeros(3, 6, 64), mask)
-    causal = nn.Transformer.generate_square_subsequent_mask(6)
-    torch.testing.assert_close(
-        ours(x, 0, memory, causal=True),
-        theirs(x, memory.states, tgt_mask=causal, memory_key_padding_mask=~mask), rtol=1e-4, atol=1e-5)
+RENAMED = {"self_attention.": "self_attn.", "cross_attention.": "encoder_attn.",
+           "attention.": "self_attn.", ".q.": ".q_proj.", ".k.": ".k_proj.", ".v.": ".v_proj.",
+           ".out.": ".o_proj.", "feed_forward.0": "mlp.fc1", "feed_forward.3": "mlp.fc2",
+           "norm1": "self_attn_layer_norm"}
 
 
-def test_positions_go_to_queries_and_keys_but_not_to_values():
-    layer, theirs = EncoderLayer(CONFIG), nn.MultiheadAttention(64, 2, batch_first=True)
-    copy_attention(layer.attention, theirs)
-    x, positions = torch.randn(2, 6, 64), torch.randn(2, 6, 64)
-    attended, _ = theirs(x + positions, x + positions, x)
-    y = layer.norm1(x + attended)
-    expected = layer.norm2(y + layer.feed_forward(y))
-    torch.testing.assert_close(layer(x, positions, None), expected, rtol=1e-4, atol=1e-5)
+def copy_layers(ours, theirs, **norms):
+    """Random weights into our layers and transformers' DETR's."""
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    state = ours.state_dict()
+    for old, new in {**RENAMED, **norms}.items():
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    theirs.load_state_dict(state)
 
 
-def test_positions_of_the_decoder_go_to_queries_and_keys_but_not_to_values():
-    layer, own, cross = DecoderLayer(CONFIG), *(nn.MultiheadAttention(64, 2, batch_first=True) for _ in range(2))
-    copy_attention(layer.self_attention, own)
-    copy_attention(layer.cross_attention, cross)
-    x, places = torch.randn(2, 6, 64), torch.randn(6, 64)
-    memory = Memory(torch.randn(2, 7, 64), torch.randn(2, 7, 64), None)
-    y = layer.norm1(x + own(x + places, x + places, x)[0])
-    y = layer.norm2(y + cross(y + places, memory.states + memory.positions, memory.states)[0])
-    expected = layer.norm3(y + layer.feed_forward(y))
-    torch.testing.assert_close(layer(x, places, memory), expected, rtol=1e-4, atol=1e-5)
+@torch.no_grad()
+def test_encoder_decoder_and_box_head_equal_transformers_detr():
+    """Positions, masks, zero targets, each layer's output; without the last norm of DETR's decoder.
+    """
+    model, batch = small_model(width=64), small_batch()
+    config = DetrConfig(d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
+                        decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2,
+                        activation_function="gelu", dropout=0.0, auxiliary_loss=True)
+    encoder, decoder = DetrEncoder(config).eval(), DetrDecoder(config).eval()
+    decoder.layernorm = nn.Identity()
+    box = DetrMLPPredictionHead(64, 64, 4, 3)
+    copy_layers(model.encoder, encoder.layers, norm2="final_layer_norm")
+    copy_layers(model.decoder, decoder.layers, norm2="encoder_attn_layer_norm",
+                norm3="final_layer_norm")
+    for ours, theirs in zip(list(model.box)[::2], box.layers):
+        theirs.load_state_dict(ours.state_dict())
+
+    grid = image_memory(model, batch)
+    memory, objects = model.encode(grid), model.decode_objects(model.encode(grid))
+    states = encoder(inputs_embeds=grid.states, attention_mask=grid.mask,
+                     spatial_position_embeddings=grid.positions).last_hidden_state
+    there = grid.mask[..., None]
+    close(memory.states * there, states * there)
+    expected = decoder(
+        inputs_embeds=torch.zeros(3, 5, 64), encoder_hidden_states=states,
+        encoder_attention_mask=grid.mask, spatial_position_embeddings=grid.positions,
+        object_queries_position_embeddings=model.query_positions.weight.expand(3, 5, 64))
+    close(objects, expected.intermediate_hidden_states)
+    close(model.detect(memory)["boxes"], box(objects).sigmoid())
 
 
-def test_nothing_is_dropped_when_a_model_answers():
-    model, batch = small_model(dropout=0.5), small_batch()
-    torch.testing.assert_close(model(batch)["objects"]["boxes"], small_model()(batch)["objects"]["boxes"])
+@torch.no_grad()
+def test_sentence_embedding_equals_transformers_bert():
+    model, tokens = small_model(), small_batch()["tokens"][:, 0]
+    config = BertConfig(vocab_size=50, hidden_size=32, max_position_embeddings=12,
+                        num_attention_heads=2, layer_norm_eps=1e-5)
+    bert = BertEmbeddings(config).eval()
+    for ours, theirs in (("token", "word_embeddings"), ("position", "position_embeddings"),
+                         ("segment", "token_type_embeddings"), ("norm", "LayerNorm")):
+        getattr(bert, theirs).load_state_dict(getattr(model.sentence, ours).state_dict())
+    close(model.sentence(tokens), bert(tokens))
 
 
-def test_new_layers_change_little_but_cross_attention_does():
-    """Xavier draws from -a to a, a = sqrt(6 / (in + out)); what a layer adds to its input starts at a twentieth."""
-    model, bound = small_model(), math.sqrt(6 / (64 + 32))  # all these matrices have 64 inputs and 32 outputs
-    for layer in (*model.encoder, *model.decoder):
-        last = {"feed forward": layer.feed_forward[3], **{
-            name: getattr(layer, name).out for name in ("attention", "self_attention") if hasattr(layer, name)}}
-        for name, linear in last.items():
-            assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20, name
-    for layer in model.decoder:
-        assert 0.9 * bound < layer.cross_attention.out.weight.abs().max() < bound
-
-
-def test_a_channel_without_variance_is_scaled_as_torchvision_does():
-    """ImageNet's weights have such channels, of filters that have died."""
-    ours, theirs = FrozenBatchNorm(4), torchvision.ops.FrozenBatchNorm2d(4)
-    theirs.running_var.copy_(torch.tensor([0.0, 1e-12, 1e-5, 1.0]))
-    theirs.running_mean.normal_()
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 4, 3, 3)
-    torch.testing.assert_close(x * ours.scale[:, None, None] + ours.shift[:, None, None], theirs(x))
-    ours.double(), theirs.double()
-    torch.testing.assert_close(x.double() * ours.scale[:, None, None] + ours.shift[:, None, None], theirs(x.double()))
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-
-
-def test_backbone_equals_torchvisions(tmp_path):
+@pytest.mark.parametrize("kind", ["r18", "r50"])
+def test_frozen_resnet_and_its_gradients_equal_torchvisions(tmp_path, kind):
     torch.manual_seed(1)
-    resnet = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    resnet = torchvision.models.get_model(model_module.BACKBONES[kind],
+                                          norm_layer=torchvision.ops.FrozenBatchNorm2d)
     for name, buffer in resnet.named_buffers():
-        buffer.uniform_(0.5, 1.5) if "var" in name or "weight" in name else buffer.normal_(std=0.2)
-    torch.save(resnet.state_dict(), tmp_path / "r18.pth")
-    model = small_model(stride=32, frozen_batch_norm=True)
-    model.backbone.load_weights(str(tmp_path / "r18.pth"))
-    image = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
-    pixels = torchvision.transforms.functional.normalize(image / 255, IMAGE_MEAN, IMAGE_STD)
-    c5 = create_feature_extractor(resnet.eval(), {"layer4": "c5"})(pixels)["c5"]
-    grid, mask = model.backbone(image, torch.tensor([[70, 90]] * 2))
-    torch.testing.assert_close(grid, F.conv2d(c5, model.backbone.project.weight, model.backbone.project.bias),
-                               rtol=1e-4, atol=1e-4)
+        if "var" in name or "weight" in name:
+            buffer.uniform_(0.5, 1.5)
+        else:
+            buffer.normal_(std=0.2)
+    resnet.bn1.running_var[:3] = torch.tensor([0.0, 1e-12, 1e-5])  # filters that have died
+    resnet.eval().double()  # in float32 a unit near zero may be on here and off there
+    torch.save(resnet.state_dict(), tmp_path / "weights.pth")
+    backbone = small_model(stride=32, backbone=kind).backbone.double()
+    backbone.load_weights(str(tmp_path / "weights.pth"))
+    images = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
+    pixels = torchvision.transforms.functional.normalize(images / 255, IMAGE_MEAN, IMAGE_STD)
+    c5 = create_feature_extractor(resnet, {"layer4": "c5"})(pixels.double())["c5"]
+    grid, mask = backbone(images, torch.tensor([[70, 90]] * 2))
+    expected = F.conv2d(c5, backbone.project.weight.detach(), backbone.project.bias.detach())
+    scale = float(expected.detach().std())
+    torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-5 * scale)
     assert mask.shape == (2, 3, 3) and mask.all()
-    # The same for the gradients: folding the norm into the weights must not change what the weights learn
-    (grid ** 2).sum().backward()
-    (F.conv2d(c5, model.backbone.project.weight.detach(), model.backbone.project.bias.detach()) ** 2).sum().backward()
-    expected = dict(resnet.named_parameters())
-    for name, parameter in model.backbone.resnet.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3,
-                                   atol=1e-4 * float(expected[name].grad.abs().max()))
+
+    # Folding the norm into the weights must not change what the weights learn
+    grid.square().sum().backward()
+    expected.square().sum().backward()
+    theirs = dict(resnet.named_parameters())
+    for name, parameter in backbone.resnet.named_parameters():
+        gradient = theirs[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4,
+                                   atol=1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_every_frozen_norm_is_folded_and_keeps_torchvisions_names(name):
-    backbone = small_model(stride=32, backbone=f"r{name[6:]}").backbone
-    convolutions = [m for m in backbone.resnet.modules() if isinstance(m, torch.nn.Conv2d)]
-    norms = [m for m in backbone.resnet.modules() if isinstance(m, FrozenBatchNorm)]
-    assert all(isinstance(m, FoldedConv) for m in convolutions) and len(convolutions) == len(norms)
-    assert {id(m.norm[0]) for m in convolutions} == {id(m) for m in norms}
-    expected = {k: v.shape for k, v in getattr(torchvision.models, name)().state_dict().items()
-                if not k.startswith("fc.") and "num_batches" not in k}
-    assert {k: v.shape for k, v in backbone.resnet.state_dict().items()} == expected
-    twin = copy.deepcopy(backbone)  # a copy's convolutions have the copy's norms
-    twin.resnet.bn1.load_state_dict({**twin.resnet.bn1.state_dict(), "bias": torch.full((64,), 7.0)})
-    image, size = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]])
-    assert not torch.allclose(twin(image, size)[0], backbone(image, size)[0])
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_activation_checkpointing_changes_memory_and_nothing_else(frozen):
-    """Bit for bit: outputs, gradients and the statistics of batch norm, padding and dropout included."""
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "batch norm"])
+def test_activation_checkpointing_changes_memory_and_no_bit_of_anything_else(frozen):
+    """Outputs, gradients and the statistics of batch norm, with padding and dropout."""
     def step(recompute):
-        model, batch = small_model(dropout=0.1, frozen_batch_norm=frozen).train(), small_batch()
-        model.recompute, kept = recompute, {}
+        model = small_model(dropout=0.1, frozen_batch_norm=frozen).train()
+        model.recompute = recompute
+        saved = {}
 
-        def keep(tensor):
+        def pack(tensor):
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage  # held, so that no other gets its place
+            saved[storage.data_ptr()] = storage  # held, so that no other gets its address
             return tensor
 
         torch.manual_seed(5)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = model(batch)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, losses = pretraining_loss(model, small_batch())
         torch.manual_seed(6)  # the backward pass must bring its own
-        (out["mlm"].sum() + out["itm"].sum() + out["caption"].pow(2).sum() + out["objects"]["boxes"].sum()).backward()
-        return (out["caption"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-                dict(model.named_buffers()), sum(storage.nbytes() for storage in kept.values()))
+        loss.backward()
+        tensors = {**losses, **dict(model.named_buffers())}
+        tensors.update({name: p.grad for name, p in model.named_parameters()})
+        return tensors, sum(storage.nbytes() for storage in saved.values())
 
-    kept, recomputed = step(False), step(True)
-    assert torch.equal(kept[0], recomputed[0])
-    for a, b in zip(kept[1:3], recomputed[1:3]):
-        assert a.keys() == b.keys() and len(a) and all(torch.equal(a[name], b[name]) for name in a)
-    assert recomputed[3] < (0.8 if frozen else 0.95) * kept[3]  # batch norm that trains is not computed again
+    (expected, memory), (found, less) = step(False), step(True)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert less < (0.8 if frozen else 0.95) * memory  # batch norm that trains is not recomputed
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Padding
 
 
 def all_outputs(model, batch):
-    """Everything the model says of a batch, with a dimension for the picture first."""
+    """Everything the model says of a batch, the image as the first dimension."""
     B, K, T = batch["tokens"].shape
-    grid = model.encode_picture(batch["images"], batch["sizes"])
-    joint = model.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))
-    alone = model.encode(grid)
+    grid = image_memory(model, batch)
+    joint, alone = model.encode(grid.repeat(K), batch["tokens"].flatten(0, 1)), model.encode(grid)
+    is_word = batch["tokens"][..., None] != 0  # nobody looks at the states of padding
     caption = model.decode_caption(alone.repeat(K), batch["captions"].flatten(0, 1))
-    out = {"words": joint.states[:, :T].unflatten(0, (B, K)), "itm": model.itm(joint.states[:, 0]).unflatten(0, (B, K)),
+    out = {"words": joint.states[:, :T].unflatten(0, (B, K)) * is_word,
+           "itm": model.itm(joint.states[:, 0]).unflatten(0, (B, K)),
            "caption": caption.unflatten(0, (B, K))}
     for name, memory in (("with", model.encode(grid, batch["tokens"][:, 0])), ("without", alone)):
         objects = model.detect(memory)
         out[f"boxes {name}"] = objects["boxes"].transpose(0, 1)
         out[f"classes {name}"] = objects["logits"]["vg"].transpose(0, 1)
-        out[f"attributes {name}"] = objects["attributes"].transpose(0, 1)
     return out
 
 
-def same(a, b, tokens=None, **tolerance):
-    for name in a:
-        x, y = a[name], b[name]
-        if name == "words":  # what stands at the place of a padded word is never looked at
-            x, y = x * (tokens != 0)[..., None], y * (tokens != 0)[..., None]
-        torch.testing.assert_close(x, y, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
-
-
-@pytest.mark.parametrize("stride", [16, 32])
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "batch norm"])
-@torch.no_grad()
-def test_a_picture_does_not_depend_on_its_batch(stride, frozen):
-    model, batch = small_model(stride=stride, frozen_batch_norm=frozen), small_batch(((64, 80), (37, 96), (61, 33)))
+@pytest.mark.parametrize("stride,frozen,recompute", [
+    (16, True, False), (32, True, False), (16, False, False), (16, True, True)])
+def test_an_image_does_not_depend_on_its_batch(stride, frozen, recompute):
+    model = small_model(stride=stride, frozen_batch_norm=frozen)
+    model.recompute = recompute
+    batch = small_batch(((64, 80), (37, 96), (61, 33)))
     together = all_outputs(model, batch)
     for b, (h, w) in enumerate(batch["sizes"].tolist()):
-        alone = {**batch, **{k: batch[k][b:b + 1] for k in ("sizes", "tokens", "captions")},
-                 "images": batch["images"][b:b + 1, :, :h, :w]}
-        same({k: v[b:b + 1] for k, v in together.items()}, all_outputs(model, alone), alone["tokens"], rtol=1e-4,
-             atol=1e-4)
+        alone = {key: batch[key][b:b + 1] for key in ("sizes", "tokens", "captions")}
+        alone |= {"images": batch["images"][b:b + 1, :, :h, :w], "padded": False}
+        for name, expected in all_outputs(model, alone).items():
+            torch.testing.assert_close(together[name][b:b + 1], expected, rtol=1e-4, atol=1e-4,
+                                       msg=lambda text, name=name: f"{name}: {text}")
 
 
 @torch.no_grad()
 def test_padded_pixels_and_words_change_nothing():
     model, batch = small_model(), small_batch()
     before = all_outputs(model, batch)
-    noisy = copy.deepcopy(batch)
-    for row, (h, w) in zip(noisy["images"], noisy["sizes"].tolist()):
-        row[:, h:], row[:, :, w:] = 255, 99
-    same(before, all_outputs(model, noisy), batch["tokens"], rtol=0, atol=0)
-    longer = {**batch, "tokens": F.pad(batch["tokens"], (0, 4))}
-    after = all_outputs(model, longer)
-    after["words"] = after["words"][:, :, :7]
-    same(before, after, batch["tokens"], rtol=1e-4, atol=1e-5)
+    longer = all_outputs(model, {**batch, "tokens": F.pad(batch["tokens"], (0, 4))})
+    longer["words"] = longer["words"][:, :, :7]
+    for row, (h, w) in zip(batch["images"], batch["sizes"].tolist()):
+        row[:, h:] = 255
+        row[:, :, w:] = 99
+    noisy = all_outputs(model, batch)
+    for name in before:
+        assert torch.equal(noisy[name], before[name])
+        close(longer[name], before[name])
 
 
-def test_a_batch_without_padding_is_not_masked(monkeypatch):
-    model = small_model()
-    seen = []
-    inner = type(model.backbone)._zero_the_padding
-    monkeypatch.setattr(type(model.backbone), "_zero_the_padding", lambda self, m, i: seen.append(self._masks))
-    model = small_model()
-    model.encode_picture(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
-    assert len(seen) == 14 and all(masks is None for masks in seen)  # 13 convolutions of 3x3 or 7x7, and the pooling
-    assert inner is not None
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The heads
+# --------------------------------------------------------------------------------------------------
+# What each output is computed from, and what it cannot see
 
 
 @torch.no_grad()
-def test_each_head_reads_what_it_is_for():
-    """Of pre-training's one pass, and of the tasks: the formula, for one sentence and picture at a time."""
+def test_one_pass_of_pretraining_equals_a_pass_for_each_image_and_sentence():
     model, batch = small_model(), small_batch()
     model.mlm_bias.normal_()
-    out, places = model(batch), batch["mlm_places"].tolist()
+    out, positions = model(batch), batch["mlm_positions"].tolist()
     B, K, T = batch["tokens"].shape
-    grid = model.encode_picture(batch["images"], batch["sizes"])
-    for n, tokens in enumerate(batch["tokens"].flatten(0, 1)):
-        states = model.encode(grid.rows(torch.tensor([n // K])), tokens[None]).states[0]
-        torch.testing.assert_close(out["itm"][n], model.itm(states[0]), rtol=1e-4, atol=1e-5)
-        for at in range(T):
-            if n * T + at in places:
-                expected = model.sentence.token.weight @ model.mlm_transform(states[at]) + model.mlm_bias
-                torch.testing.assert_close(out["mlm"][places.index(n * T + at)], expected, rtol=1e-4, atol=1e-5)
-    assert 0 < out["objects"]["boxes"].min() and out["objects"]["boxes"].max() < 1
+    for b, k in itertools.product(range(B), range(K)):
+        n, tokens = b * K + k, batch["tokens"][b, k][None]
+        grid = image_memory(model, batch).select(torch.tensor([b]))
+        alone, joint = model.encode(grid), model.encode(grid, tokens)
+        close(out["itm"][n], model.itm(joint.states[0, 0]))
+        close(out["caption"][n], model.decode_caption(alone, batch["captions"][b, k:k + 1, :-1])[0])
+        for t in range(T):
+            if n * T + t in positions:
+                transformed = model.mlm_transform(joint.states[0, t])
+                expected = model.sentence.token.weight @ transformed + model.mlm_bias
+                close(out["mlm"][positions.index(n * T + t)], expected)
+        if k == 0:  # the first sentence is detection's, unless it has none
+            expected = model.detect(alone if batch["no_sentence"][b] else joint)
+            close(out["objects"]["boxes"][:, b], expected["boxes"][:, 0])
+            close(out["objects"]["attributes"][:, b], expected["attributes"][:, 0])
+            close(out["objects"]["logits"]["vg"][:, b], expected["logits"]["vg"][:, 0])
 
 
 @torch.no_grad()
-def test_a_statement_is_read_with_its_own_two_pictures():
-    model, batch = small_model(task="nlvr2"), small_batch(((64, 64),) * 6)
-    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:3, 0]
-    found = model.judge_statements(grid, tokens)  # the left pictures are 0, 1, 2, the right ones 3, 4, 5
+def test_a_statement_is_classified_from_its_two_images():
+    model = small_model(classifier_images=2, classifier_outputs=2)
+    batch = small_batch(((64, 64),) * 6)
+    grid, tokens = image_memory(model, batch), batch["tokens"][:3, 0]
+    found = model.classify(grid, tokens)  # the left images are 0, 1, 2, the right ones 3, 4, 5
     for n in range(3):
-        both = [model.encode(grid.rows(torch.tensor([i])), tokens[n:n + 1]).states[:, 0] for i in (n, n + 3)]
-        torch.testing.assert_close(found[n], model.pair(torch.cat(both, 1))[0], rtol=1e-4, atol=1e-5)
+        left, right = (model.encode(grid.select(torch.tensor([i])), tokens[n:n + 1]).states[0, 0]
+                       for i in (n, n + 3))
+        close(found[n], model.classifier(torch.cat([left, right])))
 
 
 @torch.no_grad()
 def test_similarity_is_the_log_odds_of_belonging_together_in_full_precision():
     model, batch = small_model(), small_batch()
-    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:, 0]
-    chance = model.itm(model.read(grid, tokens)).softmax(-1)[:, 1]
-    torch.testing.assert_close(model.similarity(grid, tokens).sigmoid(), chance)
+    grid, tokens = image_memory(model, batch), batch["tokens"][:, 0]
+    close(model.encode_cls(grid, tokens), model.encode(grid, tokens).states[:, 0])
+    probability = model.itm(model.encode_cls(grid, tokens)).softmax(-1)[:, 1]
+    close(model.similarity(grid, tokens).sigmoid(), probability)
     with torch.autocast("cpu", torch.bfloat16):
         found = model.similarity(grid, tokens)
     assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What may see what
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_states_that_are_asked_for_are_those_of_all(layers):
-    """The classifiers ask for [CLS] alone: the last layer computes no other, and it comes out the same."""
-    model, batch = small_model(encoder_layers=layers), small_batch()
-    grid, tokens = model.encode_picture(batch["images"], batch["sizes"]), batch["tokens"][:, 0]
-    every = model.encode(grid, tokens)
-    for n in (1, 4):
-        few = model.encode(grid, tokens, outputs=n)
-        torch.testing.assert_close(few.states, every.states[:, :n], rtol=1e-5, atol=1e-6)
-        assert torch.equal(few.positions, every.positions[:, :n]) and torch.equal(few.mask, every.mask[:, :n])
-    torch.testing.assert_close(model.read(grid, tokens), every.states[:, 0], rtol=1e-5, atol=1e-6)
-
-
 @torch.no_grad()
-def test_a_later_word_never_changes_an_earlier_output():
-    model, batch = small_model(), small_batch(T=9)
-    alone = model.encode(model.encode_picture(batch["images"], batch["sizes"]))
-    words = torch.randint(5, 50, (3, 9))
+def test_a_later_word_of_a_caption_never_changes_an_earlier_output():
+    model, batch = small_model(), small_batch()
+    alone, words = model.encode(image_memory(model, batch)), torch.randint(5, 50, (3, 9))
     before = model.decode_caption(alone, words)
     for t in range(1, 9):
         changed = words.clone()
         changed[:, t:] = torch.randint(5, 50, (3, 9 - t))
         after = model.decode_caption(alone, changed)
-        torch.testing.assert_close(after[:, :t], before[:, :t])
+        close(after[:, :t], before[:, :t])
         assert not torch.allclose(after[:, t:], before[:, t:])
-
-
-def embedded(model, batch):
-    """Run `forward` and keep the two sentence embeddings: the encoder's input, the caption decoder's input."""
-    kept = []
-    hook = model.sentence.register_forward_hook(lambda m, i, out: (out.retain_grad(), kept.append(out))[0])
-    out = model(batch)
-    hook.remove()
-    return out, *kept
 
 
 def test_captioning_never_sees_the_encoders_sentence_and_the_other_losses_do():
     model, batch = small_model(), small_batch()
-    out, to_encoder, to_decoder = embedded(model, batch)
-    out["caption"].square().sum().backward()
-    assert to_encoder.grad is None or to_encoder.grad.abs().sum() == 0
-    assert to_decoder.grad.abs().sum() > 0
-    for name in ("mlm", "itm", "boxes"):
-        out, to_encoder, to_decoder = embedded(model, batch)
-        (out["objects"]["boxes"] if name == "boxes" else out[name]).square().sum().backward()
-        assert to_encoder.grad.abs().sum() > 0, name
-        assert to_decoder.grad is None or to_decoder.grad.abs().sum() == 0, name
+    for name in ("caption", "mlm", "itm", "bbox"):
+        embedded = []
+
+        def keep(module, inputs, output, embedded=embedded):
+            output.retain_grad()
+            embedded.append(output)
+
+        hook = model.sentence.register_forward_hook(keep)
+        pretraining_loss(model, batch)[1][f"loss_{name}"].backward()
+        hook.remove()
+        used = [x.grad is not None and bool(x.grad.any()) for x in embedded]
+        assert used == ([False, True] if name == "caption" else [True, False])  # encoder, decoder
 
 
-@torch.no_grad()
-def test_pictures_marked_so_are_detected_without_a_sentence():
+def test_bf16_stays_near_and_boxes_are_computed_in_float32():
     model, batch = small_model(), small_batch()
-    found = model(batch)["objects"]
-    grid = model.encode_picture(batch["images"], batch["sizes"])
-    alone, joint = model.detect(model.encode(grid)), model.detect(model.encode(grid, batch["tokens"][:, 0]))
-    for b, skip in enumerate(batch["no_sentence"].tolist()):
-        expected = alone if skip else joint
-        torch.testing.assert_close(found["boxes"][:, b], expected["boxes"][:, b], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found["logits"]["vg"][:, b], expected["logits"]["vg"][:, b], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(alone["boxes"], joint["boxes"], atol=1e-4)
-
-
-@torch.no_grad()
-def test_k_sentences_in_one_pass_equal_k_passes():
-    model, batch = small_model(), small_batch(K=3)
-    together = model(batch)
-    T = batch["tokens"].shape[2]
-    row, place = batch["mlm_places"] // T, batch["mlm_places"] % T
-    for k in range(3):
-        mine = row % 3 == k
-        out = model({**batch, **{n: batch[n][:, k:k + 1] for n in ("tokens", "captions")},
-                     "mlm_places": row[mine] // 3 * T + place[mine]})
-        torch.testing.assert_close(together["itm"].view(3, 3, 2)[:, k], out["itm"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together["caption"].unflatten(0, (3, 3))[:, k], out["caption"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(together["mlm"][mine], out["mlm"], rtol=1e-4, atol=1e-5)
-
-
-def test_bf16_autocast_runs_and_stays_near():
-    model, batch = small_model(), small_batch()
-    exact = model(batch)
+    exact, exact_losses = pretraining_loss(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(batch)
-    assert torch.isfinite(out["mlm"]).all() and out["objects"]["boxes"].dtype == torch.float32
-    torch.testing.assert_close(out["objects"]["boxes"], exact["objects"]["boxes"], rtol=0.1, atol=0.05)
+        loss, losses = pretraining_loss(model, batch)
+        memory = model.encode(image_memory(model, batch))
+        states, boxes = model.decode_objects(memory), model.detect(memory)["boxes"]
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for name in losses:  # a number of bf16 has a relative error of 2^-8
+        torch.testing.assert_close(losses[name], exact_losses[name], rtol=0.05, atol=0.01)
+    assert states.dtype == torch.bfloat16
+    close(boxes, model.box(states.float()).sigmoid())
 
 
-# ----------------------------------------------------------------------------------------------------------------
+def test_a_batch_with_nothing_in_it_has_finite_losses_and_gradients():
+    """All sentences are padding, nothing is masked, no object, and one image has a single pixel."""
+    model, batch = small_model(), small_batch(((48, 33), (1, 1), (32, 48)))
+    batch |= {key: torch.zeros_like(batch[key]) for key in ("tokens", "captions")}
+    batch |= {key: batch[key][:0] for key in ("mlm_positions", "mlm_labels")}
+    for target in batch["targets"]:
+        target.update({k: v[:0] for k, v in target.items() if k != "source"})
+    loss, losses = pretraining_loss(model, batch)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert {name for name, value in losses.items() if value > 0} == {"loss_itm", "loss_class"}
+
+
+def test_compilation_traces_few_graphs_and_computes_the_same():
+    """Of a long training's images hardly two batches have the same size."""
+    graphs, counts = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = small_model(encoder_layers=1, decoder_layers=1)
+    traced = torch.compile(model, backend=backend)
+    for n in range(5):
+        batch = small_batch([(40 + 13 * n, 90 - 7 * n), (50 + 9 * n, 41 + 5 * n)], T=6 + n)
+        close(traced(batch)["itm"], model(batch)["itm"])
+        counts.append(len(graphs))
+    # Some versions of torch compile a part once more where sides are even instead of odd
+    assert counts[0] <= 6 and counts[-1] <= counts[2] + 3, counts
+
+
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 
-@pytest.fixture(scope="module")
-def writer():
-    """A model of a larger caption output, so that its choices are not all nearly alike, and a picture's encoding."""
+def writer(seed):
+    """A model that heeds what it has said, so that captions end early and late, and an encoding."""
     model, batch = small_model(vocabulary=9), small_batch()
+    torch.manual_seed(seed)
     with torch.no_grad():
-        model.caption.weight.mul_(3)
-        return model, model.encode(model.encode_picture(batch["images"], batch["sizes"]))
+        model.caption.weight.normal_(std=0.5)
+        model.sentence.token.weight.normal_()
+        for layer in model.decoder:
+            layer.self_attention.out.weight.mul_(3)
+        return model, model.encode(image_memory(model, batch))
 
 
 def log_probabilities(model, memory, words):
-    """Of each next word, for one picture, with what may never be said left out."""
+    """Of each next word, for one image, without what may never be said."""
     logits = model.decode_caption(memory, torch.tensor([words]))[0, -1]
     logits[[model.config.pad, model.config.cls, model.config.mask]] = -math.inf
     return logits.log_softmax(-1)
 
 
 @torch.no_grad()
-def test_greedy_takes_the_likeliest_word_each_time(writer):
-    model, memory = writer
-    for b, (found, _) in enumerate(model.generate(memory, beam=1)):
-        one, words = memory.rows(torch.tensor([b])), [model.config.cls]
-        while len(words) < model.config.max_tokens:
-            word = int(log_probabilities(model, one, words).argmax())
-            if word == model.config.sep:
-                break
-            words.append(word)
-        assert found == words[1:]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 2.0])
-def test_a_wide_beam_finds_the_best_of_all_sentences(writer, alpha):
-    model, memory = writer
-    say = [w for w in range(9) if w not in (model.config.pad, model.config.cls, model.config.mask)]
+def test_a_wide_beam_finds_the_best_of_all_captions(alpha):
+    model, memory = writer(0)
+    pieces = [1, 3, 5, 6, 7, 8]  # all but [PAD], [CLS] and [MASK]; 3 is [SEP]
     for b, (found, score) in enumerate(model.generate(memory, beam=200, alpha=alpha, max_tokens=4)):
-        one, best = memory.rows(torch.tensor([b])), (-math.inf, None)
-        next_word = functools.cache(lambda *words, one=one: log_probabilities(model, one, list(words)).tolist())
-        for length in (1, 2, 3):  # words and [SEP]; three words are cut off where no room for [SEP] is left
-            for words in itertools.product(say, repeat=length):
-                if model.config.sep in words[:-1]:
+        one = memory.select(torch.tensor([b]))
+        next_word = functools.cache(
+            lambda *words, one=one: log_probabilities(model, one, list(words)).tolist())
+        candidates = []
+        for length in (1, 2, 3):  # words and [SEP]; three words may end without it
+            for words in itertools.product(pieces, repeat=length):
+                if 3 in words[:-1] or words[-1] != 3 and length < 3:
                     continue
-                if words[-1] != model.config.sep and length < 3:
-                    continue
-                total, before = 0.0, [model.config.cls]
-                for word in words:
-                    total += next_word(*before)[word]
-                    before.append(word)
-                score_of = total / ((5 + length) / 6) ** alpha
-                best = max(best, (score_of, [w for w in words if w != model.config.sep]))
-        assert found == best[1] and score == pytest.approx(best[0], abs=1e-4)
+                total = sum(next_word(2, *words[:t])[word] for t, word in enumerate(words))
+                caption = [word for word in words if word != 3]
+                candidates.append((total / ((5 + length) / 6) ** alpha, caption))
+        expected, caption = max(candidates)
+        assert found == caption and score == pytest.approx(expected, abs=1e-4)
 
 
 def slow_search(model, memory, beam, alpha, longest):
-    """Of one picture: (score, words). All continuations of each beam, nothing kept from word to word, and all beams go
-    on to the greatest length: no bound on what is still to come.
-    """
-    live, finished = [(0.0, [model.config.cls])], []
+    """(score, words) of one image: all continuations of each beam, to the greatest length."""
+    live, finished = [(0.0, [2])], []
     for length in range(1, longest + 1):
         penalty = ((5 + length) / 6) ** alpha
-        on = sorted(((total + p, [*words, word]) for total, words in live
-                     for word, p in enumerate(log_probabilities(model, memory, words).tolist())), reverse=True)
-        finished += [(total / penalty, words[1:-1]) for total, words in on[:beam] if words[-1] == model.config.sep]
-        live = [(total, words) for total, words in on if words[-1] != model.config.sep][:beam]
-        if length == longest:
-            finished += [(total / penalty, words[1:]) for total, words in live]
+        candidates = []
+        for total, words in live:
+            for word, p in enumerate(log_probabilities(model, memory, words).tolist()):
+                candidates.append((total + p, [*words, word]))
+        candidates.sort(reverse=True)
+        finished += [(total / penalty, words[1:-1]) for total, words in candidates[:beam]
+                     if words[-1] == 3]
+        live = [(total, words) for total, words in candidates if words[-1] != 3][:beam]
+    finished += [(total / penalty, words[1:]) for total, words in live]
     return max(finished)
 
 
 @torch.no_grad()
-def test_beams_are_those_of_a_slow_search():
-    """With decoders that heed what they have said, so that captions end early and late and beams change places."""
+@pytest.mark.parametrize("beam", [1, 3])
+def test_generation_equals_a_slow_search_with_and_without_cache(beam):
     lengths = set()
     for seed, alpha in ((0, 0.3), (3, 0.3), (4, 0.3), (7, 0.3), (10, 0.9)):
-        model, batch = small_model(vocabulary=9), small_batch()
-        torch.manual_seed(seed)
-        model.caption.weight.normal_(std=0.5)
-        model.sentence.token.weight.normal_()
-        for layer in model.decoder:
-            layer.self_attention.out.weight.mul_(3)
-        memory = model.encode(model.encode_picture(batch["images"], batch["sizes"]))
-        for b, (words, score) in enumerate(model.generate(memory, beam=3, alpha=alpha, max_tokens=8)):
-            expected = slow_search(model, memory.rows(torch.tensor([b])), 3, alpha, 7)
-            assert words == expected[1] and score == pytest.approx(expected[0], abs=1e-4)
-            lengths.add(len(words))
-    assert len(lengths) > 3
+        model, memory = writer(seed)
+        with_cache, without = (model.generate(memory, beam=beam, alpha=alpha, max_tokens=8,
+                                              cache=cache) for cache in (True, False))
+        for b in range(3):
+            expected = slow_search(model, memory.select(torch.tensor([b])), beam, alpha, 7)
+            for words, score in (with_cache[b], without[b]):
+                assert words == expected[1] and score == pytest.approx(expected[0], abs=1e-4)
+            lengths.add(len(with_cache[b][0]))
+    assert len(lengths) > 2
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("beam", [1, 3, 4])
-def test_the_cache_changes_nothing_and_neither_does_the_batch(writer, beam):
-    model, memory = writer
-    with_cache, without = model.generate(memory, beam=beam), model.generate(memory, beam=beam, cache=False)
-    for b, ((words, score), (slow_words, slow_score)) in enumerate(zip(with_cache, without)):
-        assert words == slow_words and score == pytest.approx(slow_score, abs=1e-4)
-        alone = model.generate(memory.rows(torch.tensor([b])), beam=beam)[0]
-        assert alone[0] == words and alone[1] == pytest.approx(score, abs=1e-4)
-        assert len(words) < model.config.max_tokens and not {0, 2, 4} & set(words)
-
-
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights and checkpoints
 
-# Of a small_model
 VOCABULARY = [*SPECIAL, *(f"w{n}" for n in range(45))]
 NAMES = {"coco": list("abc"), "vg": list("abcd"), "attributes": list("abcdef")}
 
 
+def saved(path, **changes):
+    save_checkpoint(str(path), small_model(**changes), VOCABULARY, NAMES, step=7)
+    return path
+
+
+def refusal(path, function=load_checkpoint):
+    """The one line with which a file is refused."""
+    with pytest.raises(InputError) as error:
+        function(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
 def test_a_checkpoint_holds_all_that_is_needed(tmp_path):
-    model, path = small_model(), tmp_path / "model.pt"
-    save_checkpoint(str(path), model, VOCABULARY, NAMES, step=7, seconds=1.5)
+    path = saved(tmp_path / "model.pt", queries=9)
     assert os.listdir(tmp_path) == ["model.pt"]
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(str(path))
     assert state["vocabulary"] == VOCABULARY and state["names"] == NAMES and state["step"] == 7
-    again = E2EVLP(load_checkpoint(str(path))["config"])
-    again.load_state_dict(state["model"])
-    again.eval()
-    torch.testing.assert_close(again(small_batch())["itm"], model(small_batch())["itm"], rtol=0, atol=0)
+    assert state["config"].queries == 9
+    again = build_model(state, str(path)).eval()
+    assert torch.equal(again(small_batch())["itm"], small_model(queries=9)(small_batch())["itm"])
 
 
-def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_checkpoint(str(path), small_model(), [], {})
+def half_written(state, file):
+    file.write(b"half")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = saved(tmp_path / "model.pt")
     before = path.read_bytes()
 
     def full(state, file):
-        file.write(b"half")
+        half_written(state, file)
         raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(model_module.torch, "save", full)
-    with pytest.raises(InputError, match="model.pt: cannot be written .disk full.; what is there is whole"):
-        save_checkpoint(str(path), small_model(), [], {})
+    assert "cannot be written (disk full)" in refusal(path, saved)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Else a power cut may leave the name with nothing behind it."""
-    done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("replace"), replace(old, new)))
-    save_checkpoint(str(tmp_path / "model.pt"), small_model(), [], {})
-    assert done[:2] == ["fsync", "replace"]
+def test_a_killed_save_leaves_the_old_checkpoint_whole(tmp_path):
+    path = saved(tmp_path / "model.pt")
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            model_module.torch.save = half_written
+            os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # before the new name
+            saved(path)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_bytes() == before
 
 
 class Program:
@@ -622,116 +586,150 @@ class Program:
 
 def test_a_checkpoint_cannot_run_a_program(tmp_path):
     torch.save({"format": Program(str(tmp_path / "ran"))}, tmp_path / "x.pt")
-    with pytest.raises(InputError, match="not a PyTorch file, or damaged"):
-        load_checkpoint(str(tmp_path / "x.pt"))
+    assert "not a PyTorch file, or damaged" in refusal(tmp_path / "x.pt")
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_loading_for_another_stage_names_what_does_not_fit():
-    state = small_model().state_dict()
-    state["extra.weight"] = torch.zeros(3)
-    del state["itm.0.weight"]
-    said = []
-    load_weights(small_model(queries=9), state, said.append)
-    assert len(said) == 3
-    assert "not in the checkpoint, starts anew: itm.0.weight" in "\n".join(said)
-    assert "of another shape in the checkpoint, starts anew: query_positions.weight" in "\n".join(said)
-    assert "in the checkpoint but not used: extra.weight" in "\n".join(said)
+def test_a_flipped_byte_is_noticed(tmp_path):
+    path = saved(tmp_path / "x.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the midst of the weights
+    path.write_bytes(content)
+    assert "not a PyTorch file, or damaged" in refusal(path)
 
 
 @pytest.mark.parametrize("content,says", [
     (None, "no such file"), (b"PK\x03\x04 half a file", "not a PyTorch file, or damaged"),
-    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this project (no format"),
-    ({"format": 1, "model": {}, "config": {"wings": 2}, "vocabulary": [], "names": {}}, "another version")])
-def test_a_file_that_is_no_checkpoint(tmp_path, content, says):
+    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this version"),
+    ({"format": "e2e-vlp 1"}, "its format is e2e-vlp 1"),
+    ({"format": model_module.FORMAT, "config": {"wings": 2}}, "unexpected keyword argument")])
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, says):
     path = tmp_path / "x.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(InputError) as error:
-        load_checkpoint(str(path))
-    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert says in refusal(path)
 
 
-@pytest.mark.parametrize("change,says", [
-    (lambda s: s.update(format="x"), "its format is 'x'"),
-    (lambda s: s["config"].update(queries="5"), "config: queries is '5'"),
-    (lambda s: s["config"].update(encoder_layers=10 ** 18), "config: encoder_layers is '1000000000000000000'"),
-    (lambda s: s["config"].update(dropout=math.nan), "config: dropout is 'nan'"),
-    (lambda s: s["config"].update(backbone=[]), "config: backbone is '[]'"),
-    (lambda s: s["config"].update(task="poetry"), "config: task is 'poetry'"),
-    (lambda s: s.update(vocabulary=["a"] * 50), "its vocabulary is not 50 different"),
-    (lambda s: s.update(vocabulary=[[], *VOCABULARY[1:]]), "its vocabulary is not 50 different"),
-    (lambda s: s.update(vocabulary=[*VOCABULARY[:-1], "\ud800"]), "its vocabulary is not 50 different"),
-    (lambda s: s.update(vocabulary=VOCABULARY[::-1]), "its vocabulary has no [PAD] at place 0"),
-    (lambda s: s.update(names=1.5), "its names are not lists"),
-    (lambda s: s["names"]["vg"].pop(), "its names are not as many"),
-    (lambda s: s["config"].update(classes={"coco": 3.0, "vg": 4}), "its names are not as many"),
-    (lambda s: s["names"].update(coco=[1, 2, 3]), "its names are not lists"),
-    (lambda s: s["model"].pop("mlm_bias"), "1 weights are missing, unknown or of another shape, the first is"),
-    (lambda s: s["model"].update(mlm_bias=torch.zeros(50, dtype=torch.complex64)), "['mlm_bias']"),
-    (lambda s: s["model"].update(mlm_bias=None), "its weights are no tensors"),
-    (lambda s: s["model"]["mlm_bias"].fill_(math.nan), "the weights mlm_bias are not finite"),
-    (lambda s: s.update(args=[]), "its args are no dictionary"),
-    (lambda s: s["args"].update(short_sides=[10 ** 9]), "args: sizes of pictures"),
-    (lambda s: s["args"].update(sets=7), "args: sets are '7'"),
-    (lambda s: s["args"].update(without=7), "args: without is"),
-    (lambda s: s["args"].update(text=[]), "args: text is"),
-    (lambda s: s.update(step=-1), "its step is '-1'"), (lambda s: s.pop("seconds"), "its seconds is 'None'")])
-def test_a_checkpoint_that_somebody_has_edited(tmp_path, change, says):
-    model, path = small_model(), tmp_path / "model.pt"
-    save_checkpoint(str(path), model, VOCABULARY, copy.deepcopy(NAMES), step=7, seconds=1.5,
-                    args={"short_sides": [64], "long_side": 96, "sets": ["coco", "vg"], "without": []})
-    assert load_checkpoint(str(path))["step"] == 7
-    state = torch.load(path, weights_only=True)
+@pytest.mark.parametrize("change", [
+    lambda state: state["model"].pop("mlm_bias"),
+    lambda state: state["model"].update(extra=torch.zeros(1)),
+    lambda state: state["model"].update(mlm_bias=torch.zeros(3)),
+    lambda state: setattr(state["config"], "backbone", "r7"),
+    lambda state: setattr(state["config"], "width", "wide")])
+def test_weights_that_do_not_fit_their_configuration_are_one_line(tmp_path, change):
+    state = load_checkpoint(str(saved(tmp_path / "x.pt")))
     change(state)
-    torch.save(state, path)
-    with pytest.raises(InputError) as error:
-        load_checkpoint(str(path))
-    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    said = refusal(tmp_path / "x.pt", functools.partial(build_model, state))
+    assert "its weights do not fit its configuration" in said
 
 
-def test_backbone_weights_that_do_not_fit(tmp_path):
-    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
-    with pytest.raises(InputError, match=r"r18.pth: no such file"):
-        small_model().backbone.load_weights(str(tmp_path / "r18.pth"))
+def test_loading_for_another_stage_names_what_does_not_fit():
+    state, model, said = small_model().state_dict(), small_model(queries=9), []
+    state["extra.weight"] = torch.zeros(3)
+    state["mlm_bias"].fill_(7)
+    del state["itm.0.weight"]
+    load_pretrained(model, state, said.append)
+    assert [line.split(": ") for line in said] == [
+        ["  of another shape in the checkpoint, starts anew", "query_positions.weight"],
+        ["  not in the checkpoint, starts anew", "itm.0.weight"],
+        ["  in the checkpoint but not used", "extra.weight"]]
+    assert (model.mlm_bias == 7).all()
+
+
+def test_backbone_weights_that_are_missing_or_of_something_else_are_one_line(tmp_path):
+    load = small_model().backbone.load_weights
+    assert "no such file" in refusal(tmp_path / "r18.pth", load)
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="not a torchvision state dict of resnet18"):
-        small_model().backbone.load_weights(str(tmp_path / "other.pth"))
+    assert "not weights of resnet18" in refusal(tmp_path / "other.pth", load)
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
+    assert "not weights of resnet18" in refusal(tmp_path / "shape.pth", load)
 
 
-def test_imagenet_weights_without_network(monkeypatch):
+def test_imagenet_weights_without_network_say_what_to_download(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nowhere")
-    monkeypatch.setattr("os.makedirs", lambda *_, **__: None)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     with pytest.raises(InputError) as error:
         small_model().backbone.load_weights("imagenet")
-    text = str(error.value)
-    assert "resnet18-" in text and "download https://" in text and "--backbone-weights none" in text
-    assert "\n" not in text
+    said = str(error.value)
+    assert "download https://" in said and "resnet18-" in said and "--backbone-weights" in said
+    assert "\n" not in said
 
 
-def test_unknown_backbone_and_stride():
-    with pytest.raises(InputError, match="--backbone r20: unknown; choose one of r18"):
-        small_model(backbone="r20")
-    with pytest.raises(InputError, match="--stride 8"):
-        small_model(stride=8)
+# --------------------------------------------------------------------------------------------------
+# The walk
+
+T, D, HEADS, FORWARD, V, Q, L = 9, 256, 12, 1024, 30522, 100, 6
 
 
-def test_the_cells_of_objects():
-    """The cell that holds an object's centre, found by walking over the cells; a centre on the border has the last."""
-    model, batch = small_model(), small_batch()  # 64 x 80, 50 x 96 and 64 x 64, padded to 64 x 96: 4 x 6 cells
-    boxes = [[[0.1, 0.9, 0.1, 0.1], [1.0, 1.0, 0.2, 0.2], [0.0, 0.0, 0.1, 0.1]], [[0.5, 0.5, 0.5, 0.5]], []]
-    batch["targets"] = [{"boxes": torch.tensor(of).view(-1, 4)} for of in boxes]
-    grid = model.encode_picture(batch["images"], batch["sizes"])
-    expected = []
-    for b, ((height, width), of) in enumerate(zip(batch["sizes"].tolist(), boxes)):
-        for cx, cy, _, _ in of:
-            x, y = min(cx * width, width - 1e-6), min(cy * height, height - 1e-6)
-            expected += [grid.states[b, row * 6 + column] for row in range(4) for column in range(6)
-                         if row * 16 <= y < row * 16 + 16 and column * 16 <= x < column * 16 + 16]
-    assert torch.equal(model.cells_of(grid, batch), torch.stack(expected)) and len(expected) == 4
+def linear(n, a, b):
+    """FLOPs from n rows of a numbers to n rows of b numbers: a multiply-add is two."""
+    return 2 * n * a * b
+
+
+def attention(n, keys):
+    inner = HEADS * 32
+    projections = linear(n, D, inner) + 2 * linear(keys, D, inner) + linear(n, inner, D)
+    return projections + 2 * (2 * n * keys * inner)  # scores, and the mixture of values
+
+
+def feed_forward(n):
+    return linear(n, D, FORWARD) + linear(n, FORWARD, D)
+
+
+def encoder(n):
+    return 2 * (attention(n, n) + feed_forward(n))
+
+
+def decoder(n, keys):
+    return L * (attention(n, n) + attention(n, keys) + feed_forward(n))
+
+
+@pytest.mark.parametrize("stride,channels,height,width", [(16, 256, 5, 7), (32, 512, 3, 4)])
+def test_the_walks_shapes_flops_and_parameters_by_hand(stride, channels, height, width):
+    """Of an image whose sides are multiples of neither stride."""
+    config = Config(backbone="r18", stride=stride, encoder_layers=2)
+    rows = walk(config, 70, 101, T)
+    S = height * width
+    expected = [
+        ("pixels", (1, 3, 70, 101), 0),
+        ("ResNet stem", (1, 64, 18, 26), 2 * 64 * 3 * 7 * 7 * 35 * 51),
+        ("ResNet layer1", (1, 64, 18, 26), 4 * 2 * 64 * 64 * 3 * 3 * 18 * 26),
+        ("ResNet layer2", (1, 128, 9, 13), 2 * 128 * 9 * 13 * (64 * 9 + 3 * 128 * 9 + 64)),
+        ("ResNet layer3", (1, 256, 5, 7), 2 * 256 * 5 * 7 * (128 * 9 + 3 * 256 * 9 + 128)),
+        ("ResNet layer4", (1, 512, 3, 4), 2 * 512 * 3 * 4 * (256 * 9 + 3 * 512 * 9 + 256)),
+        ("1x1 projection to D = 256", (1, D, height, width), linear(S, channels, D)),
+        ("sine positions", (1, S, D), 0),
+        ("sentence embedding", (1, T, D), 0),
+        ("encoder, 2 layers: words and grid", (1, T + S, D), encoder(T + S)),
+        ("MLM head, masked words: 1 (shared)", (1, V), linear(1, D, D) + linear(1, D, V)),
+        ("ITM head", (1, 2), linear(1, D, D) + linear(1, D, 2)),
+        ("encoder, 2 layers: grid (shared)", (1, S, D), encoder(S)),
+        ("decoder, 6 layers: queries", (L, 1, Q, D), decoder(Q, T + S)),
+        ("class head, coco", (L, 1, Q, 81), linear(L * Q, D, 81)),
+        ("class head, vg", (L, 1, Q, 1601), linear(L * Q, D, 1601)),
+        ("box head", (L, 1, Q, 4), 2 * linear(L * Q, D, D) + linear(L * Q, D, 4)),
+        ("attribute head", (L, 1, Q, 400), linear(L * Q, D, 400)),
+        ("sentence embedding (shared)", (1, T - 1, D), 0),
+        ("decoder, 6 layers: words (shared)", (1, T - 1, D), decoder(T - 1, S)),
+        ("caption head", (1, T - 1, V), linear(T - 1, D, V))]
+    if stride == 16:
+        del expected[5]
+    assert [(step, shape, flops) for step, shape, _, flops, _, _ in rows] == expected
+    with torch.device("meta"):
+        assert sum(row[2] for row in rows) == count_parameters(E2EVLP(config))
+    for row in rows:
+        functools.reduce(getattr, row[4].split("."), model_module)  # each name is there
+
+
+def test_the_walk_as_a_command(capsys):
+    words = ["--backbone", "r18", "--encoder-layers", "1", "--height", "33", "--width", "64"]
+    assert model_module.main(words) == 0
+    printed = capsys.readouterr().out
+    with torch.device("meta"):
+        count = count_parameters(E2EVLP(Config(backbone="r18", encoder_layers=1)))
+    assert f" {count:,} " in printed[printed.index("\ntotal"):]

@@ -1,104 +1,125 @@
-"""Each command of the README runs: as it stands there, with small data and a small model appended."""
+"""Each command of the README runs as it stands there, with small data and a small model."""
 
-import functools
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
-import tables
 from conftest import ROOT, TINY, run_command
 from PIL import Image
 
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
-SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1", "--device", "cpu"]
-TUNE = ["--data", "DIR", "--batch-size", "8", "--negatives", "2", "--steps", "1", "--workers", "0", "--minutes", "0",
-        "--short-sides", "64", "--long-side", "96", "--device", "cpu"]
+SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1",
+         "--device", "cpu"]
+TUNE = ["--batch-size", "8", "--steps", "1", "--workers", "0", "--minutes", "0", "--short-sides",
+        "64", "--long-side", "96", "--device", "cpu"]
+FILES = ["matcher.py", "data.py", "model.py", "tasks.py", "evaluate.py", "pretrain.py",
+         "finetune.py", "shapes.py"]
+
+
+def readme():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()
 
 
 def commands():
-    """The README's command lines without what is installed before and what is said after, in their order."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        lines = [line.strip().split("&& ")[-1] for line in file if line.startswith("    ")]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun ", "cat "))]
+    """The README's command lines, in their order, without what is installed before them."""
+    lines = [line.strip().split("&& ")[-1] for line in readme().splitlines()
+             if line.startswith("    ")]
+    return [shlex.split(line, comments=True) for line in lines
+            if line.startswith(("python ", "torchrun "))]
 
 
-def a_task_of_your_own():
-    """The program in the README's section of that name."""
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        section = file.read().split("## Add a task of your own\n")[1].split("\n## ")[0]
-    return [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
+def prepare(words, folder):
+    """(words for run_command, how to launch them) of a README command, made small."""
+    launch = []
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc_per_node=8"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        words = words[1:]
+    script, flags = words[1], words[2:]
+    if script == "pretrain.py" and "--resume" not in flags:
+        flags += [*SMALL, *([] if "--data" in flags else ["--data", "DIR"])]
+        if os.path.exists(folder / "runs/pretrain"):  # each README command starts a run of its own
+            flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
+    elif script == "finetune.py":
+        flags += TUNE
+        if flags[flags.index("--init") + 1] == "none":
+            flags += [*MODEL, *TINY[1:11]]
+        if "--mini" in flags:
+            flags += ["--data", "DIR"]
+        if os.path.exists(folder / f"runs/{flags[1]}"):
+            flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
+        if flags[1] == "flickr30k":
+            flags += ["--negatives", "2"]
+    elif script == "shapes.py":
+        flags += ["--train", "16", "--val", "2", "--test", "2"]
+    elif script == "evaluate.py":
+        if "--data" in flags:
+            flags[flags.index("--data") + 1] = "DIR"
+        flags = [flag.replace("data/mini", "DIR").replace("runs/mini2", "runs/pretrain")
+                 for flag in flags]
+        if "--score" in flags:  # val's answers stand for those of a server's split
+            flags[flags.index("--score") + 1] = "val.json"
+    return [script, *flags], launch
 
 
 def test_every_command_runs(world, tmp_path):
     found = commands()
-    assert len(found) >= 10 and sum(words[0] == "torchrun" for words in found) >= 2
+    assert len(found) >= 20 and sum(words[0] == "torchrun" for words in found) >= 2
     shutil.copytree(world, tmp_path / "DIR")
-    picture = sorted((tmp_path / "DIR/coco/val2017").iterdir())[0]
-    shutil.copy(picture, tmp_path / "a.jpg")
-    Image.open(picture).save(tmp_path / "b.png")
+    image = sorted((tmp_path / "DIR/coco/val2017").iterdir())[0]
+    shutil.copy(image, tmp_path / "a.jpg")
+    Image.open(image).save(tmp_path / "b.png")
     for words in found:
-        given = os.devnull
-        if "runs/mini-nlvr2/best.pt" in words:  # vqa stands for the miniature's five fine-tunings
-            shutil.copytree(tmp_path / "runs/nlvr2", tmp_path / "runs/mini-nlvr2")
-        if words[0] == "cat":
-            assert words[2] == "|"
-            given, words = tmp_path / words[1], words[3:]
         if "pytest" in words:
             continue
-        launch = []
-        if words[0] == "torchrun":
-            launch += ["-m", "torch.distributed.run"]
-            if words[1].startswith("--nnodes"):
-                assert words[1:5] == ["--nnodes=2", "--nproc_per_node=8", "--rdzv_backend=c10d",
-                                      "--rdzv_endpoint=HOST:29500"]
-                launch += ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29512"]
-                words = words[4:]
-            else:
-                assert words[1] == "--nproc_per_node=8"
-                launch += ["--standalone", "--nproc_per_node=2"]
-                words = words[1:]
-        script, flags = words[1], words[2:]
-        if script == "tests/tables.py":  # what it prints is tested beside it
-            assert flags[-1] == "--dry-run" and tables.main(flags) == 0
+        if "--score" in words:
+            made = run_command("evaluate.py", "--task", "vqa", "--checkpoint",
+                               "runs/mini-vqa/best.pt", "--data", "DIR", "--submit", "val.json",
+                               cwd=tmp_path)
+            assert made.returncode == 0, made.stderr[-2000:]
+        if "runs/mini-nlvr2/best.pt" in words:  # vqa stands for the miniature's five fine-tunings
+            made = run_command("finetune.py", "--task", "nlvr2", "--mini", "--init",
+                               "runs/mini/last.pt", "--data", "DIR", *TUNE, cwd=tmp_path)
+            assert made.returncode == 0, made.stderr[-2000:]
+        if "--task" in words and "count" in words:  # test_tasks runs the README's class
             continue
-        if script == "pretrain.py":
-            flags += SMALL + (["--data", "DIR"] if "--resume" not in flags else [])
-            flags += ["--batch-size", "16"] if "--plan" in flags else []  # more GPUs than the pictures of a small step
-        elif "--resume" in flags:
-            flags += ["--steps", "2"]
-        elif script == "finetune.py":
-            flags += TUNE + (MODEL + TINY[1:11] if "none" in flags[flags.index("--init") + 1] else [])
-        elif script == "shapes.py":
-            flags += ["--train", "16", "--val", "2", "--test", "2"]
-        run = functools.partial(run_command, script, *flags, launch=launch, cwd=tmp_path, stdin=given)
-        with ThreadPoolExecutor() as pool:  # a command for two hosts is given on both
-            for done in pool.map(lambda _, run=run: run(), range(2 if "--nnodes=2" in launch else 1)):
-                assert done.returncode == 0, (words, done.stderr[-2000:])
+        command, launch = prepare(words, tmp_path)
+        done = run_command(*command, launch=launch, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stderr[-2000:])
 
 
-def test_a_task_of_your_own_runs(world, tmp_path):
-    """The README's example, as it stands there; that it learns takes longer than a test may."""
-    program = a_task_of_your_own()
-    while not program[0]:
-        program = program[1:]
-    while not program[-1]:
-        program = program[:-1]
-    assert program[0].startswith('"""How many objects') and len(program) <= 40
-    (tmp_path / "count.py").write_text("\n".join(program))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    made = run_command("pretrain.py", *TINY, "--data", world, "--steps", "1", "--output", tmp_path / "run")
-    assert made.returncode == 0, made.stderr
-    done = subprocess.run([sys.executable, tmp_path / "count.py", tmp_path / "run/last.pt", world, "2"], text=True,
-                          capture_output=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"right [01]\.\d\d, always the commonest [01]\.\d\d\n", done.stdout)
+def test_the_counting_task_is_the_one_that_is_tested():
+    from test_tasks import COUNTING
+
+    text = readme().split("<!-- counting -->\n")[1].split("\n\nAdd it to")[0]
+    shown = "\n".join(line[4:] for line in text.splitlines())
+    assert shown.strip() == COUNTING.strip()
 
 
-def test_what_the_readme_shows_is_there():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        shown = re.findall(r"\]\((?!http)([^)]+)\)", file.read())
-    assert len(shown) == 4 and all(os.path.isfile(os.path.join(ROOT, path)) for path in shown)
+def test_files_and_their_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", readme(), re.MULTILINE)
+    assert [name for name, _ in rows] == FILES
+    for name, lines in rows:
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            assert abs(int(lines.replace(",", "")) - len(file.readlines())) <= 25, name
+
+
+def test_what_the_readmes_link_to_is_there():
+    for name in ("README.md", "results/README.md", "results/speed.md", "tests/README.md"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            links = re.findall(r"\]\((?!http)([^)#]+)\)", file.read())
+        for link in links:
+            assert os.path.isfile(os.path.join(ROOT, os.path.dirname(name), link)), (name, link)
+
+
+def test_the_layout_is_flat_and_each_file_imports_from_those_above_it():
+    top = {name for name in os.listdir(ROOT) if name.endswith(".py")}
+    assert top == set(FILES)
+    for name in FILES:
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            imported = re.findall(r"^\s*(?:from|import) (\w+)", file.read(), re.MULTILINE)
+        ours = {f"{module}.py" for module in imported} & set(FILES)
+        above = FILES if name == "pretrain.py" else FILES[:FILES.index(name)]
+        assert ours <= set(above), (name, ours)
