@@ -625,7 +625,7 @@ def draw_curves(folders, path):
     runs = []
     for folder in folders:
         text = read_text(os.path.join(folder, "log.jsonl"), "the curves of a run")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last may be cut off
         runs.append((os.path.basename(os.path.normpath(folder)), lines))
     keys = dict.fromkeys(key for _, lines in runs for line in lines for key in line)
     keys = [key for key in keys if key.startswith(("loss", "val_"))]
@@ -827,7 +827,7 @@ def ask(args, predictor, file):
         answer["objects"] = predictor.detect(image, args.threshold, args.sentence)
         lines += [f"{o['score']:.2f}  {' '.join([*o['attributes'], o['label']]):32} box {o['box']}"
                   for o in answer["objects"]]
-    if not lines:
+    if len(answer) == 3:  # it can do nothing of this
         predictor.require("caption")
     return answer, lines
 
@@ -859,7 +859,8 @@ def run_images(args):
             continue
         image = predictor.open(file)
         stem = os.path.join(args.output, f"{n:03}-{os.path.splitext(os.path.basename(file))[0]}")
-        figure = Figure(figsize=(8, 8 * image.height / image.width + 0.5), layout="constrained")
+        height = 8 * min(3, image.height / image.width) + 0.5
+        figure = Figure(figsize=(8, height), layout="constrained")
         title = " | ".join(lines[:5] if args.question else lines[:1])
         show_objects(figure.subplots(), image, answer.get("objects", ()), title)
         figure.savefig(f"{stem}.png")

@@ -649,14 +649,14 @@ def retrieval_scores(scores, owner):
 
     scores (P, S), higher is better, of P images and S sentences; owner (S,): the row of each
     sentence's image. IR: a sentence looks for its image. TR: an image looks for any of its
-    sentences. A rank is 1 + the number of wrong candidates that score as high or higher.
+    sentences. A rank is 1 + the number of wrong candidates that do not score lower.
     """
     P, S = scores.shape
-    image_rank = (scores >= scores[owner, np.arange(S)]).sum(0)  # it counts itself: the "1 +"
+    image_rank = (~(scores < scores[owner, np.arange(S)])).sum(0)  # it counts itself: the "1 +"
     sentence_rank = np.empty(P, int)
     for p in range(P):
         own = owner == p
-        sentence_rank[p] = 1 + (scores[p, ~own] >= scores[p, own].max()).sum()
+        sentence_rank[p] = 1 + (~(scores[p, ~own] < scores[p, own].max())).sum()
     return {f"{name}@{k}": float((rank <= k).mean())
             for name, rank in (("IR", image_rank), ("TR", sentence_rank)) for k in (1, 5, 10)}
 

@@ -92,7 +92,7 @@ MISTAKES = {
         ("consistent-if-once-right", "a sentence counts that is right for one of its pairs",
          "sum(map(all, sentences.values()))", "sum(map(any, sentences.values()))"),
         ("tie-finds-a-sentence", "a model without an opinion finds everything",
-         "(scores[p, ~own] >= scores[p, own].max())", "(scores[p, ~own] > scores[p, own].max())"),
+         "(~(scores[p, ~own] < scores[p, own].max()))", "(scores[p, ~own] > scores[p, own].max())"),
         ("wrong-is-right", "the right image may be drawn as a wrong one",
          ".masked_fill(own[:, None] == candidates, -1)", ""),
         ("tuned-caption-unshifted", "each word is to predict itself, which it sees",

@@ -1,352 +1,606 @@
-"""Measures on held-out pictures: phrases by hand, AP against pycocotools on the official file, oracles, the command."""
+"""What a pre-trained model has learnt, and images of one's own: phrases by hand, average precision
+against pycocotools, measures of a model whose answers are known, `Predictor` against the model
+called by hand, attention, drawings, and the command.
+"""
 
-import contextlib
-import io
 import json
 import os
 import random
-from collections import Counter
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, small_model
+from conftest import small_model
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from test_tasks import QUIET, SIZE, model_for, official_ap, on_two_processes, words_of
 
 import evaluate
-from data import Example, Tokenizer, index_task, read_pretraining
-from evaluate import Phrases, average_precision, boxes_in_pixels, measure, questions
-from model import Memory, load_checkpoint, save_checkpoint
+from data import InputError, Tokenizer, load_image, pretraining_index, read_pretraining, to_pixels
+from evaluate import (Grounding, Predictor, average_precision, draw_attention, draw_curves,
+                      draw_sheet, measure, measure_with_blind, prepare_probes, record_attention)
+from model import Memory, build_model, load_checkpoint, save_checkpoint
+from tasks import TASKS, make_task
 
-NAMES = {"coco": ["circle", "square", "stop sign"], "vg": ["circle,circles,disc", "square,squares", "stop sign"],
+NAMES = {"coco": [], "vg": ["circle,circles,disc", "square,squares", "stop sign"],
          "attributes": ["red", "blue,azure", "small", "large"]}
 CIRCLE, SQUARE, SIGN = range(3)
 RED, BLUE, SMALL, LARGE = range(4)
 FACTS = [(CIRCLE, {RED, SMALL}), (CIRCLE, {BLUE, LARGE}), (SQUARE, {RED, LARGE})]
+ANSWERS = ["yes", "no", "red", "blue", "two", "a circle"]
 
 
 @pytest.fixture(scope="module")
-def data(world):
-    return read_pretraining(world, say=lambda text: None)
+def words(world):
+    return words_of(world)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(world):
-    return Tokenizer(f"{world}/vocab.txt")
+def val(world):
+    return read_pretraining(world, **QUIET)["val"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(words, tmp_path_factory):
+    """{a task's name, or "" for pre-training: the file of a random model}."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer, names = words
+    files = {}
+    for name in ("", *TASKS):
+        task = make_task(name, {}) if name else None
+        if name:
+            task.labels = ANSWERS if name == "vqa" else ["False", "True"]
+        files[name] = str(folder / f"{name or 'pretrained'}.pt")
+        save_checkpoint(files[name], model_for(task, tokenizer, names), tokenizer.vocabulary,
+                        {**names, "answers": task.labels if task else []},
+                        args={"sets": ["coco", "vg"], "short_sides": [64], "long_side": 96,
+                              "without": []})
+    return files
+
+
+@pytest.fixture(scope="module")
+def images(world):
+    folder = f"{world}/coco/val2017"
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))[:3]]
 
 
 @pytest.fixture
-def phrases():
-    p = Phrases(NAMES)
-    p.seen = {RED, BLUE, SMALL, LARGE}
-    p.together = {(a, b) for _, its in FACTS for a in its for b in its}
-    return p
+def run(capsys, checkpoints):
+    """run(task, flags ...) -> (exit code, stdout, the lines of stderr)."""
+    def run(task, *flags):
+        checkpoint = [] if task is None else ["--checkpoint", checkpoints[task]]
+        flags = [*checkpoint, "--device", "cpu", "--workers", "0", *map(str, flags)]
+        code = evaluate.main(flags)
+        said = capsys.readouterr()
+        return code, said.out, said.err.splitlines()
+    return run
 
 
-def found(phrases, sentence):
-    return [([a for _, _, a in before], thing[2]) for before, thing in phrases.find(sentence)]
+# --------------------------------------------------------------------------------------------------
+# Words and what they say of an image
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Words and what they say
+@pytest.fixture
+def grounding():
+    grounding = Grounding(NAMES)
+    grounding.seen = {RED, BLUE, SMALL, LARGE}
+    grounding.together = {(a, b) for _, its in FACTS for a in its for b in its}
+    return grounding
 
 
-@pytest.mark.parametrize("sentence,expected", [
+@pytest.mark.parametrize("sentence, expected", [
     ("A small red circle is left of a SQUARE.", [([SMALL, RED], CIRCLE), ([], SQUARE)]),
-    ("two azure discs and a disc", [([], CIRCLE)]),                         # "discs" is in no list
-    ("red and a circle", [([], CIRCLE)]),                                   # the attribute is not right before it
-    ("a stop sign", [([], SIGN)]), ("nothing here", []), ("", [])])
-def test_phrases_are_found(phrases, sentence, expected):
-    assert found(phrases, sentence) == expected
+    ("two azure discs and a disc", [([], CIRCLE)]),  # "discs" is in no list
+    ("red and a circle", [([], CIRCLE)]),            # the attribute is not right before it
+    ("an azure stop sign", [([BLUE], SIGN)]), ("nothing here", []), ("", [])])
+def test_object_phrases_are_found(grounding, sentence, expected):
+    found = [([a for _, _, a in before], label) for before, (_, _, label, _) in
+             grounding.find(sentence)]
+    assert found == expected
 
 
-def test_a_caption_counts_if_all_its_phrases_are_true_and_it_has_one(phrases):
-    for sentence, truth in (("a small red circle", True), ("a large red circle", False), ("red square.", True),
-                            ("a circle and a square", True), ("a circle and a stop sign", False), ("a day", False)):
-        assert phrases.all_true(FACTS, sentence) == truth, sentence
+@pytest.mark.parametrize("sentence, truth", [
+    ("a small red circle", True), ("a large red circle", False), ("a circle and a square", True),
+    ("a circle and a stop sign", False), ("a day", False)])
+def test_a_caption_is_true_if_it_names_something_and_all_that_it_names_is_there(
+        grounding, sentence, truth):
+    assert grounding.all_true(FACTS, sentence) == truth
 
 
-def test_which_words_the_picture_decides(phrases):
-    def decided(sentence):
-        return {sentence[s:e]: sorted(false) for s, e, false in phrases.decided(FACTS, sentence)}
-
-    # Only one thing is small and red, and no other circle is small or red. False words are drawn from those that never
-    # occur together with the true one on one object: a thing can be red and large, so "large" does not replace "red".
-    assert decided("a small red circle") == {"small": ["blue", "large"], "red": ["blue"],
-                                             "circle": ["square", "stop sign"]}
-    assert decided("a red circle") == {}            # there is a blue circle too, and a red square
-    assert decided("a large blue square") == {}     # false of the picture
-
-
-def test_foils_are_false_and_true_ones_true(data, tokenizer):
-    phrases = Phrases(data["names"]).learn(data["val"])
-    kinds = {0: 0, 1: 0}
-    for picture, q in zip(data["val"], questions(data["val"], phrases, tokenizer)):
-        for tokens, label in q["foil"]:
-            assert phrases.all_true(phrases.facts(picture), tokenizer.decode(tokens)) == bool(label)
-            kinds[label] += 1
-        for tokens, labels in q["visual"]:
-            assert sum(label >= 0 for label in labels) == 1  # whole words in this vocabulary
-            assert [t for t, label in zip(tokens, labels) if label >= 0] == [tokenizer.mask]
-        own = {s.lower() for s in picture.sentences}
-        for tokens, label in q["itm"]:
-            text = tokenizer.decode(tokens).replace(" .", ".").replace(" ,", ",")
-            assert (text in own) == bool(label)
-    assert min(kinds.values()) > 5
+@pytest.mark.parametrize("sentence, expected", [
+    # False words never occur with the true one on one object: a red thing can be large
+    ("a small red circle", {"small": ["blue", "large"], "red": ["blue"],
+                            "circle": ["square", "stop sign"]}),
+    ("blue circles", {"circles": ["squares", "stop sign"]}),  # a plural; red ones are there too
+    ("a red circle", {}),            # there is a blue circle too, and a red square
+    ("a large blue square", {})])    # not true of the image
+def test_which_words_the_image_decides(grounding, sentence, expected):
+    found = grounding.grounded_words(FACTS, sentence)
+    assert {sentence[start:end]: sorted(false) for start, end, false in found} == expected
 
 
-def test_questions_are_the_same_each_time(data, tokenizer):
-    phrases = Phrases(data["names"]).learn(data["val"])
-    assert questions(data["val"], phrases, tokenizer) == questions(data["val"], phrases, tokenizer)
+def test_probes_are_the_same_each_time_and_foils_are_never_true(val, words):
+    tokenizer, names = words
+    grounding, probes, _ = prepare_probes(tokenizer, names, val)
+    assert probes == prepare_probes(tokenizer, names, val)[1]
+    labels = []
+    for example, probe in zip(val, probes):
+        own = {tuple(tokenizer.encode(sentence)) for sentence in example.sentences}
+        for tokens, label in probe["foil"]:
+            truth = grounding.all_true(grounding.facts(example), tokenizer.decode(tokens))
+            assert truth == bool(label)
+            labels.append(label)
+        for tokens, label in probe["itm"]:
+            assert (tuple(tokens) in own) == bool(label)
+        for tokens, answers in probe["mlm"] + probe["visual"]:
+            masked = [token == tokenizer.mask for token in tokens]
+            assert any(masked) and masked == [answer >= 0 for answer in answers]
+    assert min(labels.count(0), labels.count(1)) > 5
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Average precision
+# --------------------------------------------------------------------------------------------------
+# The measures of pre-training
 
 
-def official(path, results):
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(path)
-        scored = COCOeval(truth, truth.loadRes(results), "bbox")
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    return scored.stats[0], scored.stats[1]
-
-
-def test_ap_equals_pycocotools_on_the_official_file(world):
+def test_average_precision_is_pycocotools_on_the_official_file(world):
     path = f"{world}/coco/annotations/instances_train2017.json"
-    data = read_pretraining(world, ["coco"], say=lambda text: None)
-    rng = random.Random(0)
+    examples = read_pretraining(world, ["coco"], **QUIET)["train"]
     with open(path) as file:
         annotations = json.load(file)["annotations"]
-    place = {int(p.name.split()[1]): i for i, p in enumerate(data["train"])}
-    label_of = {c: i for i, c in enumerate(sorted({a["category_id"] for a in annotations}))}
+    number = {int(example.id.split()[1]): i for i, example in enumerate(examples)}
+    categories = sorted({a["category_id"] for a in annotations})
+    rng = random.Random(0)
     theirs, ours = [], []
-    for a in annotations:
-        for _ in range(2):  # boxes off by some pixels, some of a wrong class
-            x, y, w, h = (v + rng.randint(-4, 4) for v in a["bbox"])
-            box = [x, y, max(1, w), max(1, h)]
-            category, score = rng.choice([a["category_id"]] * 3 + list(label_of)), rng.random()
-            theirs.append({"image_id": a["image_id"], "category_id": category, "bbox": box, "score": score})
-            ours.append({**theirs[-1], "image_id": place[a["image_id"]], "category_id": label_of[category]})
-    expected = official(path, theirs)
-    assert 0.05 < expected[0] < 0.9
-    assert average_precision(data["train"], ours, "coco") == pytest.approx(expected, abs=1e-6)
-    assert average_precision(data["train"], [], "coco") == (0.0, 0.0)
-
-
-def test_true_boxes_score_one(data):
-    results = [{"image_id": i, "category_id": label, "bbox": box, "score": 0.9}
-               for i, p in enumerate(data["val"])
-               for label, box in zip(p.coco[1].tolist(), boxes_in_pixels(torch.from_numpy(p.coco[0]), p.size).tolist())]
-    assert average_precision(data["val"], results, "coco") == (1.0, 1.0)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The whole measure
-
-
-def small_trained(world, tokenizer, data):
-    names = data["names"]
-    return small_model(vocabulary=len(tokenizer), max_tokens=40, queries=8, classes={"coco": 6, "vg": 6},
-                       attributes=len(names["attributes"]), pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep,
-                       mask=tokenizer.mask)
-
-
-def test_measures_do_not_depend_on_the_batch_and_blind_sees_no_picture(world, data, tokenizer):
-    model = small_trained(world, tokenizer, data)
-    size = {"short": 64, "long": 96}
-    one = measure(model, tokenizer, data["names"], data["val"], batch_size=1, **size)
-    all_at_once = measure(model, tokenizer, data["names"], data["val"], batch_size=8, **size)
-    assert one == pytest.approx(all_at_once, abs=1e-6) and all(0 <= v <= 1 for v in one.values())
-    blind = measure(model, tokenizer, data["names"], data["val"], blind=True, **size)
-    assert set(blind) == set(one)
-
-
-def test_blind_pictures_are_all_alike(world, data, tokenizer, monkeypatch):
-    seen = []
-    model = small_trained(world, tokenizer, data).train()
-    inner = model.encode_picture
-    monkeypatch.setattr(model, "encode_picture", lambda images, sizes: seen.append(images) or inner(images, sizes))
-    size = Counter(p.size for p in data["val"]).most_common(1)[0][0]
-    pictures = [p for p in data["val"] if p.size == size]
-    measure(model, tokenizer, data["names"], pictures, blind=True, short=64, long=96)
-    for images in seen:
-        assert len(images) > 1 and all(torch.equal(image, images[0]) for image in images)
-    assert seen and not model.training
+    for a in annotations * 2:  # boxes off by some pixels, some of a wrong class
+        x, y, w, h = (v + rng.uniform(-4, 4) for v in a["bbox"])
+        category = rng.choice([a["category_id"]] * 3 + categories)
+        theirs.append({"image_id": a["image_id"], "bbox": [x, y, max(1, w), max(1, h)],
+                       "category_id": category, "score": rng.random()})
+        ours.append({**theirs[-1], "image_id": number[a["image_id"]],
+                     "category_id": categories.index(category)})
+    expected = official_ap(path, theirs)
+    assert 0.05 < expected["AP"] < 0.9
+    found = average_precision(examples, ours, "coco")
+    assert found == pytest.approx((expected["AP"], expected["AP50"]), abs=1e-6)
+    assert average_precision(examples, [], "coco") == (0.0, 0.0)
 
 
 class Oracle:
-    """Stands where the model stands and answers with the truth; pictures are told apart by their pixels."""
+    """Stands where the model stands, knows images by their pixels, and answers with the truth; of
+    the images in `wrong` with something else."""
 
-    def __init__(self, data, tokenizer):
-        self.data, self.tokenizer, self.pictures = data, tokenizer, data["val"]
-        pixels = [evaluate.to_pixels(evaluate.load_picture(p.file), 64, 96) for p in self.pictures]
-        self.known = {p.numpy().tobytes(): i for i, p in enumerate(pixels)}
-        asked = questions(self.pictures, Phrases(data["names"]).learn(self.pictures), tokenizer)
-        self.labels = {(i, tuple(t)): a for i, q in enumerate(asked) for t, a in q["mlm"] + q["visual"]}
-        self.pairs = {(i, tuple(t)): a for i, q in enumerate(asked) for t, a in q["itm"] + q["foil"]}
+    def __init__(self, examples, words, probes, wrong=()):
+        self.examples, self.wrong = examples, wrong
+        self.tokenizer, self.names = words
+        pixels = [to_pixels(load_image(e.files[0]), **SIZE) for e in examples]
+        self.known = {image.numpy().tobytes(): i for i, image in enumerate(pixels)}
+        self.labels = {(i, tuple(tokens)): answer for i, probe in enumerate(probes)
+                       for kind in probe if kind != "first" for tokens, answer in probe[kind]}
 
     def eval(self):
         pass
 
-    def encode_picture(self, images, sizes):  # the only state of a picture is its number
-        numbers = [self.known[image[:, :h, :w].numpy().tobytes()] for image, (h, w) in zip(images, sizes.tolist())]
+    def encode_image(self, images, sizes, padded):  # the state of an image is its number
+        numbers = [self.known[image[:, :h, :w].numpy().tobytes()]
+                   for image, (h, w) in zip(images, sizes.tolist())]
         return Memory(torch.tensor(numbers).view(-1, 1, 1), torch.zeros(len(numbers), 1, 1), None)
 
-    def encode(self, grid, tokens=None):  # a word's state: the picture's number, the word's place, the whole sentence
+    def encode(self, grid, tokens=None):  # of a word: the image's number, its place, the sentence
         if tokens is None:
             return grid
-        n, T = tokens.shape
-        places = torch.arange(T).view(1, T, 1).expand(n, T, 1)
-        states = torch.cat([grid.states.view(n, 1, 1).expand(n, T, 1), places, tokens[:, None].expand(n, T, T)], 2)
-        return Memory(states, None, None)
+        N, T = tokens.shape
+        places = torch.arange(T).view(1, T, 1).expand(N, T, 1)
+        numbers = grid.states.expand(N, T, 1)
+        return Memory(torch.cat([numbers, places, tokens[:, None].expand(N, T, T)], 2), None, None)
 
-    def key(self, state):
-        return int(state[0]), tuple(t for t in state[2:].tolist() if t != self.tokenizer.pad)
+    def answer(self, state, choices):
+        number, place, *tokens = state.tolist()
+        answer = self.labels[number, tuple(t for t in tokens if t != self.tokenizer.pad)]
+        answer = answer[place] if isinstance(answer, list) else answer
+        return F.one_hot(torch.tensor((answer + (number in self.wrong)) % choices), choices)
 
     def itm(self, states):
-        return F.one_hot(torch.tensor([self.pairs[self.key(s)] for s in states]), 2)
+        return torch.stack([self.answer(state, 2) for state in states])
 
-    def guess_words(self, states):
-        return F.one_hot(torch.tensor([self.labels[self.key(s)][int(s[1])] for s in states]), len(self.tokenizer))
+    def mlm_logits(self, states):
+        return torch.stack([self.answer(state, len(self.tokenizer)) for state in states])
 
     def detect(self, memory):
         B, Q = len(memory.states), 8
-        out = {"logits": {name: torch.zeros(1, B, Q, 7) for name in ("coco", "vg")},
-               "boxes": torch.full((1, B, Q, 4), 0.01),
-               "attributes": torch.zeros(1, B, Q, len(self.data["names"]["attributes"]))}
-        for row, i in enumerate(memory.states[:, 0, 0].tolist()):
-            boxes, labels, attributes = self.pictures[i].vg  # the miniature world lists objects in COCO's order
-            for name, logits in out["logits"].items():
-                logits[0, row, :, -1] = 50
-                logits[0, row, range(len(labels)), -1] = 0
-                logits[0, row, range(len(labels)), getattr(self.pictures[i], name)[1]] = 50
-            out["boxes"][0, row, :len(labels)] = torch.from_numpy(boxes)
-            for q, its in enumerate(attributes):
-                out["attributes"][0, row, q, list(its)] = 9
-        return out
+        logits = {source: torch.zeros(1, B, Q, 7) for source in ("coco", "vg")}
+        boxes = torch.full((1, B, Q, 4), 0.01)
+        attributes = torch.zeros(1, B, Q, len(self.names["attributes"]))
+        for row, number in enumerate(memory.states[:, 0, 0].tolist()):
+            example = self.examples[number]  # the miniature world has its objects in one order
+            for source in logits:
+                labels = getattr(example, source).labels
+                logits[source][0, row, len(labels):, -1] = 50
+                logits[source][0, row, range(len(labels)), labels] = 50
+            boxes[0, row, :len(labels)] = torch.tensor(example.vg.boxes).view(-1, 4)
+            for query, its in enumerate(example.vg.attributes):
+                attributes[0, row, query, its] = -9 if number in self.wrong else 9
+        return {"logits": logits, "boxes": boxes, "attributes": attributes}
 
     def generate(self, memory):
-        return [(self.tokenizer.encode(self.pictures[i].sentences[0]), 0.0) for i in memory.states[:, 0, 0].tolist()]
+        numbers = memory.states[:, 0, 0].tolist()
+        sentences = ["" if i in self.wrong else self.examples[i].sentences[0] for i in numbers]
+        return [(self.tokenizer.encode(sentence), 0.0) for sentence in sentences]
 
 
-def test_a_model_that_knows_scores_one(data, tokenizer):
-    """Truth put in at the model's outputs must come out as 1 for each measure: nothing is lost on the way."""
-    measures = measure(Oracle(data, tokenizer), tokenizer, data["names"], data["val"], short=64, long=96, batch_size=3)
-    assert len(measures) == 10 and measures == pytest.approx(dict.fromkeys(measures, 1.0))
+def test_measures_count_the_right_answers(val, words):
+    """A model that knows all has 1 everywhere; what it does not know of three images is missing."""
+    asked = prepare_probes(*words, val)
+    _, probes, _ = asked
+    everything = measure(Oracle(val, words, probes), *words, val, asked, batch_size=3, **SIZE)
+    assert len(everything) == 10 and everything == pytest.approx(dict.fromkeys(everything, 1.0))
+
+    wrong = {0, 3, 5}
+    found = measure(Oracle(val, words, probes, wrong), *words, val, asked, batch_size=3, **SIZE)
+    counts = {"mlm_accuracy": [sum(label >= 0 for _, labels in probe["mlm"] for label in labels)
+                               for probe in probes],
+              "attribute_accuracy": [sum(map(bool, e.vg.attributes)) for e in val],
+              "caption_objects": [1] * len(val)}
+    for kind, name in (("visual", "mlm_accuracy_visual"), ("itm", "itm_accuracy"),
+                       ("foil", "itm_accuracy_foil")):
+        counts[name] = [len(probe[kind]) for probe in probes]
+    for name, per_image in counts.items():
+        right = sum(n for i, n in enumerate(per_image) if i not in wrong)
+        assert found[name] == pytest.approx(right / sum(per_image)), name
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What a model answers to the tasks
+def measures_of(rank, world, processes=2, **settings):
+    """Measures of a random model on three held-out images."""
+    tokenizer, names = words_of(world)
+    examples = pretraining_index(world, **QUIET)["val"][:3]
+    probes = prepare_probes(tokenizer, names, examples)
+    return measure(model_for(None, tokenizer, names), tokenizer, names, examples, probes,
+                   rank=rank, world=processes, **SIZE, **settings)
 
 
-def few(task, world, n=4):
-    return index_task(task, world, "val", say=lambda text: None)["examples"][:n]
+def test_measures_do_not_depend_on_batch_or_processes(world, tmp_path):
+    one = measures_of(0, world, processes=1)
+    assert all(0 <= value <= 1 for value in one.values()) and len(one) == 10
+    assert measures_of(0, world, processes=1, batch_size=1) == pytest.approx(one, abs=1e-6)
+    for measures in on_two_processes(measures_of, tmp_path, world):
+        assert measures == pytest.approx(one, abs=1e-6)
+    bf16 = measures_of(0, world, processes=1, amp=True)
+    assert set(bf16) == set(one) and all(0 <= value <= 1 for value in bf16.values())
 
 
-def test_a_row_of_retrieval_has_the_sentences_in_their_order(world, data, tokenizer):
-    """One pair at a time, in place of batches of sentences of like length."""
-    model, examples = small_trained(world, tokenizer, data), few("flickr30k", world, 2)
-    rows = evaluate.answer_task("flickr30k", model, tokenizer, data["names"], examples, short=64, long=96)
+def test_a_blind_model_is_asked_the_same_but_sees_the_mean_image(val, words, monkeypatch):
+    model = model_for(None, *words)
+    encode_image, encode = model.encode_image, model.encode
+    shown, asked = [], []
+
+    def note_image(images, sizes, padded):
+        shown.append([image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist())])
+        return encode_image(images, sizes, padded)
+
+    def note_tokens(grid, tokens=None, outputs=None):
+        asked.append(tokens if tokens is None else tokens.tolist())
+        return encode(grid, tokens, outputs)
+
+    monkeypatch.setattr(model, "encode_image", note_image)
+    monkeypatch.setattr(model, "encode", note_tokens)
+    probes = prepare_probes(*words, val)
+    measure_with_blind(model, *words, val, probes, **SIZE)
+    seen, blind = shown
+    expected = [to_pixels(probes[2].resize(example.size[::-1]), **SIZE) for example in val]
+    for image, mean in zip(seen, blind):
+        assert image.shape == mean.shape and not torch.equal(image, mean)
+        assert any(torch.equal(mean, other) for other in expected)
+    assert asked[:len(asked) // 2] == asked[len(asked) // 2:]
+
+
+# --------------------------------------------------------------------------------------------------
+# Predictor
+
+
+def by_hand(checkpoint, *files):
+    """(the checkpoint's model, its tokenizer, its names, the grid of the images)."""
+    state = load_checkpoint(checkpoint)
+    model = build_model(state, checkpoint).eval()
+    pixels = [to_pixels(Image.open(file).convert("RGB"), **SIZE) for file in files]
     with torch.no_grad():
-        for e, row in zip(examples, rows):
-            pixels = evaluate.to_pixels(evaluate.load_picture(e.files[0]), 64, 96)
-            grid = model.encode_picture(pixels[None], torch.tensor([pixels.shape[1:]]))
-            expected = [model.similarity(grid, torch.tensor([tokenizer.encode(s)])).item()
-                        for other in examples for s in other.sentences]
-            assert row.tolist() == pytest.approx(expected, abs=1e-4) and len(set(row.tolist())) == len(row) == 10
+        grids = [model.encode_image(p[None], torch.tensor([p.shape[1:]])) for p in pixels]
+    return model, Tokenizer(state["vocabulary"], 40), state["names"], grids
 
 
-class Brightest:
-    """Knows of a picture how bright it is: a statement is true if its left picture is the brighter one."""
+@torch.no_grad()
+def test_a_predictor_says_what_the_model_says(checkpoints, images):
+    model, tokenizer, names, (grid,) = by_hand(checkpoints[""], images[0])
+    predictor = Predictor(checkpoints[""], "cpu")
+    (pieces, _), = model.generate(model.encode(grid), beam=4, alpha=0.9)
+    assert predictor.caption(images[0]) == tokenizer.decode(pieces)
+    tokens = torch.tensor([tokenizer.encode("a red circle")])
+    chance = model.itm(model.encode(grid, tokens).states[:, 0]).softmax(-1)[0, 1].item()
+    assert predictor.match(images[0], "a red circle") == pytest.approx(chance, abs=1e-4)
 
-    def __init__(self):
-        self.training, self.seen = True, []
-
-    def eval(self):
-        self.training = False
-
-    def encode_picture(self, images, sizes):
-        assert not self.training
-        self.seen += [image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist())]
-        return Memory(torch.stack([x.float().mean() for x in self.seen[-len(images):]]).view(-1, 1, 1),
-                      torch.zeros(len(images), 1, 1), None)
-
-    def judge_statements(self, grid, tokens):
-        left, right = grid.states.flatten().chunk(2)
-        return F.one_hot((left > right).long(), 2)
-
-
-def test_each_statement_is_about_its_two_pictures_and_blind_about_none(world, data, tokenizer):
-    examples, settings = few("nlvr2", world, 8), {"short": 64, "long": 96, "batch_size": 3}
-    said = evaluate.answer_task("nlvr2", Brightest(), tokenizer, data["names"], examples, **settings)
-    bright = [[evaluate.to_pixels(Image.open(f).convert("RGB"), 64, 96).float().mean() for f in e.files]
-              for e in examples]
-    assert said == [str(bool(left > right)) for left, right in bright] and set(said) == {"True", "False"}
-    blind = Brightest()
-    evaluate.answer_task("nlvr2", blind, tokenizer, data["names"], examples, blind=True, **settings)
-    alike = {}
-    for image in blind.seen:
-        assert torch.equal(image, alike.setdefault(image.shape, image))
-    assert len(blind.seen) == 16 > len(alike)
+    width, height = Image.open(images[0]).size
+    for sentence in (None, "a red circle"):
+        found = predictor.detect(images[0], 0, sentence)
+        objects = model.detect(model.encode(grid, None if sentence is None else tokens))
+        chances = objects["logits"]["vg"][-1, 0].softmax(-1)[:, :-1]
+        order = chances.amax(-1).argsort(descending=True).tolist()
+        assert len(found) == len(order) == 5
+        for thing, query in zip(found, order):
+            assert thing["score"] == pytest.approx(chances[query].max().item(), abs=1e-4)
+            assert thing["label"] == names["vg"][int(chances[query].argmax())].split(",")[0]
+            cx, cy, w, h = objects["boxes"][-1, 0, query].tolist()
+            box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+            assert thing["box"] == pytest.approx(box, abs=0.06)
 
 
-def test_results_have_cocos_own_numbers():
-    """Its 80 classes have ids up to 90."""
-    boxes = [[(2, (1.0, 2.0, 3.0, 4.0), 0.5)], []]
-    found = evaluate.results_of("detection", boxes, [Example(7, ()), Example(8, ())], [1, 2, 4])
-    assert found == [{"image_id": 7, "category_id": 4, "bbox": [1, 2, 3, 4], "score": 0.5}]
+@torch.no_grad()
+def test_a_predictor_answers_and_judges_as_the_model_does(checkpoints, images):
+    model, tokenizer, _, (grid,) = by_hand(checkpoints["vqa"], images[0])
+    p = model.classify(grid, torch.tensor([tokenizer.encode("what?")]))[0].sigmoid().tolist()
+    expected = sorted(zip(ANSWERS, p), key=lambda pair: -pair[1])[:5]
+    for found, (answer, chance) in zip(Predictor(checkpoints["vqa"], "cpu").answer(
+            images[0], "what?"), expected):
+        assert found == (answer, pytest.approx(chance, abs=1e-4))
+
+    model, tokenizer, _, grids = by_hand(checkpoints["nlvr2"], *images[:2])
+    tokens = torch.tensor([tokenizer.encode("both are red")])
+    for left, right in ((0, 1), (1, 0)):
+        cls = torch.cat([model.encode_cls(grids[side], tokens) for side in (left, right)], 1)
+        chance = model.classifier(cls).softmax(-1)[0, 1].item()
+        found = Predictor(checkpoints["nlvr2"], "cpu").judge(
+            images[left], images[right], "both are red")
+        assert found == pytest.approx(chance, abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode, ending", [
+    ("RGB", "png"), ("L", "png"), ("P", "png"), ("1", "png"), ("RGBA", "png"), ("LA", "png"),
+    ("I;16", "png"), ("CMYK", "jpg")])
+def test_a_path_a_pil_image_of_any_mode_and_an_array_are_the_same_image(
+        checkpoints, tmp_path, mode, ending):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (20, 30), np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (20, 30, 4), np.uint8)).convert(mode)
+    path = str(tmp_path / f"image.{ending}")
+    image.save(path)
+    predictor = Predictor(checkpoints["caption"], "cpu")
+    expected = np.asarray(predictor.open(path))
+    assert expected.shape == (20, 30, 3) and expected.std() > 5
+    np.testing.assert_array_equal(np.asarray(predictor.open(Image.open(path))), expected)
+    np.testing.assert_array_equal(np.asarray(predictor.open(expected)), expected)
+
+
+def test_a_cameras_rotation_is_applied(checkpoints, tmp_path):
+    image = Image.new("RGB", (80, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6  # show it turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    predictor = Predictor(checkpoints["caption"], "cpu")
+    for given in (str(tmp_path / "turned.jpg"), Image.open(tmp_path / "turned.jpg")):
+        assert predictor.open(given).size == (40, 80)
+
+
+@pytest.mark.parametrize("task, ability, says", [
+    ("", "answer", "is pre-trained, and cannot answer; it can caption, detect, match"),
+    ("vqa", "caption", "is fine-tuned for vqa, and cannot caption; it can answer"),
+    ("nlvr2", "detect", "it can judge"), ("flickr30k", "judge", "it can match")])
+def test_what_a_checkpoint_cannot_do_is_one_line_that_says_what_it_can(
+        checkpoints, task, ability, says):
+    predictor = Predictor(checkpoints[task], "cpu")
+    inputs = ["image"] * {"judge": 3, "answer": 2}.get(ability, 1)
+    with pytest.raises(InputError, match=says) as error:
+        getattr(predictor, ability)(*inputs)
+    assert "\n" not in str(error.value) and checkpoints[task] in str(error.value)
+
+
+def test_what_was_left_out_of_training_is_not_said(checkpoints, images, tmp_path):
+    state = load_checkpoint(checkpoints[""])
+    path = str(tmp_path / "partly.pt")
+    save_checkpoint(path, build_model(state, ""), state["vocabulary"], state["names"],
+                    args={**state["args"], "without": ["caption", "attributes"]})
+    predictor = Predictor(path, "cpu")
+    with pytest.raises(InputError, match="cannot caption; it can detect, match"):
+        predictor.caption(images[0])
+    assert all(thing["attributes"] == [] for thing in predictor.detect(images[0], 0))
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def test_recorded_weights_are_those_that_the_model_uses():
+    """Softmax by hand in float64; and applied to the values they give the module's output."""
+    torch.manual_seed(0)
+    attention, x = small_model().encoder[0].attention, torch.randn(3, 6, 32)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    with torch.no_grad(), record_attention([attention]) as recorded:
+        k, v = attention.keys_values(x, x)
+        output = attention(x, (k, v), mask)
+        q = attention.split(attention.q(x)).double()
+    found, = recorded
+    for b, length in enumerate((6, 4, 1)):
+        scores = q[b] @ k[b, :, :length].double().transpose(1, 2) / q.shape[-1] ** 0.5
+        expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        torch.testing.assert_close(found[b, :, :, :length].double(), expected, atol=1e-5, rtol=0)
+        assert (found[b, :, :, length:] == 0).all()
+    with torch.no_grad():
+        again = attention.out((found @ v).transpose(1, 2).flatten(2))
+        attention(x, (k, v))  # no longer recorded
+    torch.testing.assert_close(again, output)
+    assert len(recorded) == 1
+
+
+def test_attention_is_shared_out_among_words_and_cells(checkpoints, images):
+    found = Predictor(checkpoints[""], "cpu").attention(images[0], "a red circle", 0)
+    T, (H, W) = len(found["words"]), found["grid"]
+    assert found["words"] == ["[CLS]", "a", "red", "circle", "[SEP]"]
+    assert found["encoder"].shape == (2, T, T + H * W)
+    assert found["decoder"].shape == (2, len(found["objects"]), T + H * W)
+    for weights in (found["encoder"], found["decoder"]):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+        assert weights.min() >= 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawings
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_a_sheet_has_the_true_boxes(val, words, tmp_path):
+    model = model_for(None, *words)
+    example = val[0]
+    draw_sheet(tmp_path / "a.png", model, *words, val[:3], **SIZE)
+    example.vg.boxes, boxes = [], example.vg.boxes
+    example.vg.labels, labels = [], example.vg.labels
+    draw_sheet(tmp_path / "b.png", model, *words, val[:3], **SIZE)
+    example.vg.boxes, example.vg.labels = boxes, labels
+    with_boxes, without = pixels_of(tmp_path / "a.png"), pixels_of(tmp_path / "b.png")
+    height, width, _ = with_boxes.shape
+    assert with_boxes.shape == without.shape and height > 400 and width > 800
+    changed = np.abs(with_boxes - without).sum(-1) > 60
+    assert changed[:height // 2, :width // 4].sum() > 50  # its truth is at the left above
+
+
+def test_curves_of_several_runs_have_a_colour_each_and_blind_ones_are_drawn_too(tmp_path):
+    counts = {}
+    for kind in ("blind", "plain"):
+        for n, run in enumerate("ab"):
+            os.makedirs(tmp_path / kind / run)
+            with open(tmp_path / kind / run / "log.jsonl", "w") as file:
+                for step in range(1, 5):
+                    line = {"step": step, "loss": 1 / (step + n), "val_AP": 0.1 * (step + n)}
+                    line |= {"blind_AP": 0.45 - 0.3 * n} if kind == "blind" else {}
+                    file.write(json.dumps(line) + "\n")
+                file.write('{"step": 5, "lo')  # a run that is writing, or was cut short
+        draw_curves([tmp_path / kind / run for run in "ab"], tmp_path / f"{kind}.png")
+        pixels = pixels_of(tmp_path / f"{kind}.png")
+        assert 150 < pixels.shape[0] < 500 and 1000 < pixels.shape[1] < 1600
+        warm = pixels[..., 0] - pixels[..., 2]
+        counts[kind] = (warm < -60).sum(), (warm > 60).sum()  # blue and orange
+    assert min(counts["plain"]) > 50
+    assert all(blind > plain for blind, plain in zip(counts["blind"], counts["plain"]))
+
+
+def test_attention_is_drawn_where_it_looks(tmp_path):
+    image = Image.new("RGB", (96, 64))
+    found = {"words": ["[CLS]", "a", "[SEP]"], "objects": [], "grid": (4, 6)}
+    found["encoder"] = torch.zeros(2, 3, 3 + 24)
+    drawn = []
+    for cell in (0, 21):  # the first; in the last row, column 3
+        found["encoder"][:] = 0
+        found["encoder"][:, :, 3 + cell] = 1
+        draw_attention(tmp_path / "a.png", image, found, "words")
+        drawn.append(pixels_of(tmp_path / "a.png"))
+    height, width, _ = drawn[0].shape
+    assert 300 < height < 1000 and 200 < width < 800  # three words in two layers
+    means = [np.mean(np.nonzero((drawn[i] - drawn[1 - i]).sum(-1) > 100), axis=1) for i in (0, 1)]
+    assert means[0][0] < means[1][0] - 10 and means[0][1] < means[1][1] - 10
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
-@pytest.fixture(scope="module")
-def checkpoint(world, data, tokenizer, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("checkpoint") / "last.pt")
-    save_checkpoint(path, small_trained(world, tokenizer, data), tokenizer.vocabulary, data["names"],
-                    args={"sets": ["coco", "vg"], "short_sides": [64], "long_side": 96})
-    return path
+def test_files_and_folders_are_answered_and_a_broken_image_is_named(run, images, tmp_path):
+    shutil.copy(images[0], tmp_path / "b.PNG")
+    (tmp_path / "a.jpg").write_text("no image")
+    (tmp_path / "notes.txt").write_text("not tried")
+    code, said, wrong = run("", "--image", tmp_path, images[1], "nowhere.jpg", "--threshold", 0,
+                            "--json", tmp_path / "out.json", "--output", tmp_path / "out")
+    assert code == 2 and len(wrong) == 2
+    assert wrong[0].startswith(f"evaluate.py: {tmp_path}/a.jpg: cannot be decoded")
+    assert wrong[1] == "evaluate.py: nowhere.jpg: no such file"
+    answers = json.loads((tmp_path / "out.json").read_text())
+    assert [answer["image"] for answer in answers] == [str(tmp_path / "b.PNG"), images[1]]
+    for answer in answers:
+        head = f"{answer['image']} ({answer['width']} x {answer['height']})"
+        assert f"{head}\n   {answer['caption']}\n" in said and len(answer["objects"]) == 5
+    assert len(os.listdir(tmp_path / "out")) == 2
 
 
-def test_the_command(command, checkpoint, world, tmp_path):
-    done = command("evaluate.py", "--checkpoint", checkpoint, "--data", world, "--examples", 4, "--json",
-                   tmp_path / "measures.json", "--sheet", tmp_path / "sheet.png")
-    assert done.returncode == 0, done.stderr
+def test_images_are_found_in_the_order_of_how_well_the_sentence_fits(run, checkpoints, images):
+    predictor = Predictor(checkpoints["flickr30k"], "cpu")
+    fit = {image: predictor.match(image, "a red circle") for image in images}
+    code, said, _ = run("flickr30k", "--image", *images, "--find", "a red circle")
+    lines = [line.split() for line in said.splitlines()[-3:]]
+    assert code == 0 and [line[0] for line in lines] == ["1", "2", "3"]
+    assert [line[2] for line in lines] == sorted(images, key=lambda image: -fit[image])
+
+
+def test_questions_statements_and_attention(run, images, tmp_path):
+    code, said, _ = run("vqa", "--image", images[0], "--question", "what is it?", "--attention",
+                        "--output", tmp_path)
+    assert code == 0 and len(said.splitlines()) == 6
+    assert sorted(name.split("-")[-1] for name in os.listdir(tmp_path))[-1] == "words.png"
+    code, said, _ = run("nlvr2", "--image", *images[:2], "--statement", "both are red")
+    assert code == 0 and "true: both are red" in said
+    code, said, _ = run("", "--image", images[0], "--sentence", "a circle", "--threshold", 0,
+                        "--attention", "--output", tmp_path / "more")
+    assert code == 0 and "belongs to it: a circle" in said
+    assert len(os.listdir(tmp_path / "more")) == 3
+
+
+def test_an_image_in_which_nothing_is_found_is_no_error(run, images):
+    code, said, wrong = run("detection", "--image", images[0], "--threshold", 1)
+    assert (code, wrong) == (0, []) and said.startswith(images[0])
+
+
+def test_the_drawing_of_a_very_long_image_is_not_as_long(run, tmp_path):
+    Image.new("L", (1, 40)).save(tmp_path / "line.png")
+    code, _, wrong = run("", "--image", tmp_path / "line.png", "--output", tmp_path / "out")
+    assert (code, wrong) == (0, [])
+    assert max(Image.open(tmp_path / "out/001-line.png").size) < 5000
+
+
+def test_the_measures_of_a_pretrained_checkpoint(run, world, tmp_path):
+    code, said, _ = run("", "--data", world, "--examples", 4, "--json", tmp_path / "measures.json",
+                        "--output", tmp_path, "--amp", "bf16")
     measures = json.loads((tmp_path / "measures.json").read_text())
-    assert {"val_AP50", "blind_AP50", "val_caption_objects"} <= set(measures)
-    assert f"AP50                     {measures['val_AP50']:.3f}" in done.stdout
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.format == "PNG"
+    assert code == 0 and (tmp_path / "sheet.png").exists()
+    for name in ("AP50", "mlm_accuracy", "caption_objects"):
+        for prefix in ("val", "blind"):
+            value = measures[f"{prefix}_{name}"]
+            assert re.search(rf"^{prefix}_{name} +{value:.3f}$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize("break_it,says", [
-    (lambda world: ["--checkpoint", f"{world}/vocab.txt"], "vocab.txt: not a PyTorch file"),
-    (lambda world: ["--data", "nowhere"], "--data nowhere: no such folder"),
-    (lambda world: ["--json", "nowhere/x.json"], "--json nowhere/x.json: cannot be written"),
-    (lambda world: ["--sheet", "nowhere/x.png"], "--sheet nowhere/x.png: cannot be written")])
-def test_bad_input(command, checkpoint, world, break_it, says):
-    done = command("evaluate.py", "--checkpoint", checkpoint, "--data", world, *break_it(world))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("evaluate.py: ") and says in done.stderr and done.stderr.count("\n") == 1
+def test_a_tasks_scores_are_those_of_the_file_that_it_writes(run, world, tmp_path):
+    for task, against in (("vqa", "vqa/v2_mscoco_val2014_annotations.json"),
+                          ("flickr30k", "flickr30k/dataset_flickr30k.json")):
+        assert run(task, "--task", task, "--data", world, "--submit", tmp_path / "results",
+                   "--json", tmp_path / "scores")[0] == 0
+        code, said, _ = run(None, "--task", task, "--score", tmp_path / "results", "--against",
+                            f"{world}/{against}", "--split", "val", "--json", tmp_path / "again")
+        scores = json.loads((tmp_path / "scores").read_text())
+        assert code == 0 and json.loads((tmp_path / "again").read_text()) == pytest.approx(scores)
+        for name, value in scores.items():
+            assert re.search(rf"^{name} +{value:.3f}$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize("flag,value", [("--beam", "1" + "0" * 20), ("--examples", "-5"), ("--alpha", "1e308"),
-                                        ("--alpha", "nan"), ("--batch-size", "1" + "0" * 400), ("--threshold", "nan")])
-def test_numbers_beyond_all_sense_are_refused_by_name(flag, value, capsys):
-    assert evaluate.main(["--checkpoint", "nowhere.pt", "--data", "nowhere", flag, value]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"evaluate.py: {flag} ") and ": must be from" in said and said.count("\n") == 1
-
-
-def test_a_run_checkpoint_is_read(command, world, tmp_path):
-    done = command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--steps", 1)
-    assert done.returncode == 0, done.stderr
-    assert load_checkpoint(os.path.join(tmp_path, "last.pt"))["args"]["sets"] == ["coco", "vg"]
-    done = command("evaluate.py", "--checkpoint", tmp_path / "last.pt", "--data", world, "--examples", 2)
-    assert done.returncode == 0 and "caption_objects" in done.stdout, done.stderr
+@pytest.mark.parametrize("task, flags, says", [
+    (None, [], "give --checkpoint and --data"), ("", [], "give --checkpoint and --data"),
+    (None, ["--image", "a.jpg"], "give --checkpoint"),
+    ("", ["--image", "a.jpg", "--data", "b"], "give --checkpoint and --data (measures) or --image"),
+    (None, ["--score", "a", "--task", "vqa"], "--score and --against"),
+    (None, ["--curves", "a"], "give --output"),
+    (None, ["--curves", "nowhere", "--output", "{out}"], "nowhere/log.jsonl: cannot be read"),
+    ("", ["--image", "{image}", "--attention"], "give --output"),
+    ("", ["--image", "{out}"], "no image in this folder"),
+    ("", ["--image", "{image}", "--question", "why?"], "is pre-trained, and cannot answer"),
+    ("vqa", ["--image", "{image}"], "is fine-tuned for vqa, and cannot caption; it can answer"),
+    ("nlvr2", ["--image", "{image}", "--statement", "a"], "--statement: needs two images"),
+    ("vqa", ["--data", "{world}"], "give --task"),
+    ("", ["--data", "{world}", "--blind"], "--blind"),
+    ("vqa", ["--data", "{world}", "--task", "nlvr2"], "is fine-tuned for vqa"),
+    ("", ["--data", "{world}", "--task", "vqa"], "is pre-trained only"),
+    ("", ["--data", "nowhere"], "--data nowhere: no such folder")])
+def test_what_cannot_be_done_is_one_line(run, world, images, tmp_path, task, flags, says):
+    places = {"out": tmp_path, "image": images[0], "world": world}
+    code, _, wrong = run(task, *(flag.format(**places) for flag in flags))
+    assert code == 2 and len(wrong) == 1
+    assert wrong[0].startswith("evaluate.py: ") and says in wrong[0]
