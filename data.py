@@ -10,6 +10,7 @@ import argparse
 import glob
 import hashlib
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -61,7 +62,7 @@ class Tokenizer:
         if isinstance(vocabulary, str):
             vocabulary = read_text(vocabulary, "word pieces: the vocab.txt of bert-base-uncased")
             vocabulary = vocabulary.rstrip("\n").split("\n")
-        self.vocabulary = list(vocabulary)
+        self.vocabulary = list(map(str, vocabulary))
         ids = {piece: i for i, piece in enumerate(self.vocabulary)}
         missing = [piece for piece in SPECIAL if piece not in ids]
         double = len(self.vocabulary) - len(ids)
@@ -533,10 +534,11 @@ def load_or_build_index(data, folder, kind, read, say=print):
         raise InputError(f"--data {data}: no such folder; see the README's data tree")
     folder = folder or f"{data}/.index"
     state = [INDEX_VERSION, os.path.abspath(data)]
-    for path in sorted([*glob.glob(f"{glob.escape(data)}/*/*"),
-                        *glob.glob(f"{glob.escape(data)}/coco/annotations/*")]):
+    root = glob.escape(data)
+    for path in sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*")):
         status = os.stat(path)
-        state.append((path, status.st_size, status.st_mtime_ns))
+        if os.path.dirname(path) != folder.rstrip("/"):  # an index in the data folder is no source
+            state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
 
     def build():
@@ -553,7 +555,8 @@ def load_or_build_index(data, folder, kind, read, say=print):
             with open(f"{unfinished}/about.json", "wb") as file:
                 file.write(msgspec.json.encode({"plain": found, "lists": lists, "notes": notes}))
             for old in glob.glob(f"{glob.escape(folder)}/{kind}-" + "[0-9a-f]" * 16):
-                shutil.rmtree(old, ignore_errors=True)
+                if old != path:
+                    shutil.rmtree(old, ignore_errors=True)
             os.rename(unfinished, path)
         except OSError as error:
             if not os.path.isdir(path):  # else another run was faster
@@ -618,17 +621,21 @@ def load_images(files_of, index, total, short, long):
 
     One broken image among 180,000 is not the end; 20 in a row are: then InputError names the first.
     """
-    broken = []
+    broken = {}  # files -> message
     for at in range(index, index + total):
-        files = files_of(at % total)
+        files = tuple(files_of(at % total))
+        if files in broken:  # the next questions are often about the same image
+            continue
         try:
-            return [load_image(file, short, long) for file in files], at % total, broken
+            images = [load_image(file, short, long) for file in files]
+            return images, at % total, list(broken.values())
         except Exception as error:  # Pillow raises many kinds
-            broken.append(f"{' or '.join(files)}: {error}")
-        if len(broken) > 20:
+            broken[files] = f"{' or '.join(files)}: {error}"
+        if len(broken) == 20:
             break
-    raise InputError(f"{broken[0]}: cannot be decoded, nor can the {len(broken) - 1} images after "
-                     "it; mend or remove them")
+    first = next(iter(broken.values()))
+    raise InputError(f"{first}: cannot be decoded, nor can the {len(broken) - 1} images after it; "
+                     "mend or remove them")
 
 
 def size_of(file):
@@ -864,6 +871,10 @@ def command(script, work):
         code, message = 2, str(error)
     except KeyboardInterrupt:
         code, message = 128 + signal.SIGINT, "stopped"
+    finally:  # after an error loader workers are still there: Python would wait for them for ever
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{script}: {message}", file=sys.stderr, flush=True)
     return code

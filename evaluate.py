@@ -737,12 +737,17 @@ def parse(argv):
             ways[0] in ("image", "data") and not args.checkpoint:
         raise InputError("give --checkpoint and --data (measures) or --image (your own); or "
                          "--task, --score and --against; or --curves")
+    asked = [flag for flag in ("question", "statement", "find", "sentence") if getattr(args, flag)]
+    if len(asked) > 1 or asked and not args.image:
+        raise InputError(f"--{asked[0]}: goes with --image, and alone")
     if (args.curves or args.attention) and not args.output:
         raise InputError("give --output, a folder for the drawings")
-    for path in filter(None, (args.json, args.submit)):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    if args.output:
-        os.makedirs(args.output, exist_ok=True)
+    folders = [os.path.dirname(path) for path in (args.json, args.submit) if path]
+    try:
+        for folder in filter(None, [*folders, args.output]):
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: is no folder that can be made ({error.strerror})") from None
     return args
 
 
@@ -883,6 +888,7 @@ def main(argv=None):
         if args.curves:
             return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
         if args.image:
+            init_processes(args.device)  # for its check of the device
             found, code = run_images(args)
         elif args.score:
             found = make_task(args.task, {}).score_file(args.score, args.against, args.questions,

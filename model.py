@@ -776,7 +776,7 @@ def build_model(state, path):
     try:
         model = E2EVLP(state["config"])
         model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its weights do not fit its configuration "
                          f"({str(error).splitlines()[-1].strip()}); give another file") from None
     return model
@@ -785,7 +785,8 @@ def build_model(state, path):
 def load_pretrained(model, state, say=print):
     """Copy a checkpoint's weights into a model of another stage; name each that does not fit."""
     own = model.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    fitting = {k: v for k, v in state.items()
+               if k in own and own[k].shape == getattr(v, "shape", None)}
     for key in own:
         if key not in state:
             say(f"  not in the checkpoint, starts anew: {key}")

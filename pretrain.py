@@ -459,17 +459,12 @@ class Run:
                           worker_init_fn=ignore_signals)
 
     def parallel(self, objective):
-        """The objective, its model compiled by --compile, wrapped if there are several processes.
+        """The objective, wrapped if there are several processes. Gradients are added up in buckets
+        while the backward pass still runs; batch norm's statistics are not sent at each step, see
+        `validate`.
         """
-        if self.args.compile:
-            # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
-            torch._dynamo.config.optimize_ddp = False
-            torch._dynamo.config.recompile_limit = 64  # torch 2.11: even and odd sides apart
-            self.model.compile()
         if self.world == 1:
             return objective
-        # Gradients are added up in buckets while the backward pass still runs; batch norm's
-        # statistics are not sent at each step, see `validate`
         return DistributedDataParallel(objective, gradient_as_bucket_view=True,
                                        broadcast_buffers=False)
 
@@ -646,7 +641,6 @@ def add_training_flags(parser):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N or mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--activation-checkpointing", action="store_true",
                    help="compute activations again in the backward pass: less memory, more time")
     return g
@@ -685,6 +679,7 @@ def parse(argv):
     g = add_training_flags(parser)
     g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
                    help="instead of 1 and DETR's: mlm itm caption class bbox giou attribute")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
                    help="leave out (Table 3): mlm itm detection attributes caption")
@@ -815,6 +810,11 @@ def pretrain(args, state):
     steps = args.steps or math.ceil(args.epochs * per_epoch)
     optimizer = run.set_up(model, tokenizer, names, [(rest, args.lr), (backbone, args.lr_backbone)],
                            steps, per_epoch)
+    if args.compile:
+        # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
+        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.recompile_limit = 64  # torch 2.11: even and odd sides apart
+        model.compile()
     loader = run.loader(pretraining_set(args, data, tokenizer), data["train"].sizes,
                         functools.partial(collate, pad=tokenizer.pad, stride=args.stride))
     size = {"short": max(args.short_sides), "long": args.long_side}

@@ -1,33 +1,52 @@
-"""Stage 1 as a user runs it: the command lines at a tiny size, resume, several processes, full size, bad input."""
+"""Pre-training at a tiny size, on a CPU.
 
-import functools
+What a run writes; its losses against slow loops in float64; the same step in micro-batches and on
+two processes; rates and schedules; resume that is exact bit for bit, after signals and a kill; what
+stops a run, in one line; flags.
+"""
+
+import inspect
 import json
 import math
 import os
 import re
-import resource
 import shutil
+import signal
 import socket
 import subprocess
-import sys
+import tempfile
+import time
 
+import conftest
 import pytest
 import torch
 from conftest import ROOT, TINY, run_command, small_batch, small_model
+from drill import differences, result
 from PIL import Image
+from torch import nn
 
+import finetune
 import pretrain
-from data import InputError, Tokenizer
-from model import E2EVLP, Config, count_parameters, load_checkpoint, walk
+import shapes
+from data import InputError
+from model import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# Of all that a resumed run has to draw again, something in each step
+DRAWS = ["--schedule", "step", "--dropout", "0.1", "--short-sides", "48", "64", "--batch-size", "8",
+         "--micro-batch", "2", "--val-pictures", "2", "--val-every", "3", "--steps", "5",
+         "--checkpoint-minutes", "0"]
+LOSSES = ("mlm", "itm", "caption", "class", "bbox", "giou", "attribute", "grid_word")
+BROKEN = b"\xff\xd8\xff half an image"
 
 
 def log(folder):
     """(lines of training, lines of validation)"""
+    lines = ([], [])
     with open(os.path.join(folder, "log.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
-    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+        for line in map(json.loads, file):
+            lines["loss" not in line].append(line)
+    return lines
 
 
 def ok(done):
@@ -35,493 +54,611 @@ def ok(done):
     return done.stdout
 
 
+def one_line(done, *texts):
+    """It ended with exit code 2 and one line that holds the texts."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    (line,) = done.stderr.splitlines()
+    for text in texts:
+        assert text in line, line
+
+
+def after_step(step, function, *inputs):
+    """In this process a function is called when the step is logged."""
+    log_step = pretrain.Run.log_step
+
+    def log_and_call(run, *values):
+        log_step(run, *values)
+        if run.step == step:
+            function(*inputs)
+
+    pretrain.Run.log_step = log_and_call
+
+
+def signal_after(step, number):
+    """A process sends the signal to itself and its loader workers."""
+    after_step(step, os.killpg, 0, number)
+
+
+def no_image_decodes():
+    """In this process alone."""
+    def fail(dataset, key):
+        raise InputError("a.jpg: cannot be decoded")
+
+    pretrain.PretrainingSet.__getitem__ = fail
+
+
+def _become_rank(words, files, environment, prepare):
+    os.setsid()
+    prepare[0](*prepare[1:])
+    conftest._work(words[0], words[1:], ROOT, environment, files)
+
+
+def run_ranks(*words, ranks=2, last=(int,), timeout=900):
+    """Run a command as so many processes, without torchrun: their [CompletedProcess].
+
+    last: a function, and its arguments, that is called in the last of them before it starts.
+    """
+    words = list(map(str, words))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = []
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(ranks):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks,
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in environment.items()}
+            files = [os.devnull, f"{folder}/out{rank}", f"{folder}/err{rank}"]
+            prepare = last if rank == ranks - 1 else (int,)
+            process = conftest.FORKS.Process(
+                target=_become_rank, args=(words, files, environment, prepare))
+            process.start()
+            processes.append(process)
+        for rank, process in enumerate(processes):
+            process.join(timeout)
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+            texts = []
+            for name in ("out", "err"):
+                with open(f"{folder}/{name}{rank}") as file:
+                    texts.append(file.read())
+            done.append(subprocess.CompletedProcess(words, process.exitcode, *texts))
+    return done
+
+
+@pytest.fixture(autouse=True)
+def restored_signals():
+    """A run in this process leaves its handlers of signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
-def run(world, tmp_path_factory):
-    """A finished run of four steps: (its folder, what it printed)."""
-    folder = str(tmp_path_factory.mktemp("run") / "out")
-    done = run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "4", "--schedule", "step",
-                       "--dropout", "0.1")
+def whole(world, tmp_path_factory):
+    """A run of five steps that nothing disturbed, with a validation after the third: (its folder,
+    what it printed).
+    """
+    folder = str(tmp_path_factory.mktemp("whole") / "out")
+    done = run_command("pretrain.py", *TINY, *DRAWS, "--data", world, "--output", folder)
     return folder, ok(done)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def copy(world, tmp_path):
+    """The world, to break."""
+    shutil.copytree(world, tmp_path / "world")
+    return tmp_path / "world"
+
+
+def break_images(copy, n):
+    folder = copy / "coco" / "train2017"
+    names = sorted(os.listdir(folder))[:n]
+    for name in names:
+        (folder / name).write_bytes(BROKEN)
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
 # One run
 
 
-def test_a_run_writes_its_log_checkpoint_and_sheet(run):
-    folder, said = run
-    assert sorted(os.listdir(folder)) == ["last.pt", "log.jsonl", "previous.pt", "report.html", "report.json",
-                                          "sheet.png"]
+def test_a_run_writes_its_log_checkpoint_curves_and_sheet(whole):
+    folder, printed = whole
+    assert sorted(os.listdir(folder)) == ["curves.png", "last.pt", "log.jsonl", "sheet.png"]
     steps, validations = log(folder)
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    parts = ("loss_mlm", "loss_itm", "loss_caption", "loss_class", "loss_bbox", "loss_giou", "loss_attribute",
-             "loss_cell")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    weights = pretrain.loss_weights(pretrain.MINI["loss_weights"], grid_word=8.0)
     for line in steps:
-        assert {"epoch", "loss", *parts, "lr", "lr_backbone", "grad_norm", "pictures_per_second"} <= set(line)
-        mini = args_of("--mini")
-        named = pretrain.weights_of([], mini.loss_weights, mini.cells)
-        assert line["loss"] == pytest.approx(sum(named[name] * line[name] for name in parts), rel=1e-5)
-    (values,) = validations
-    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP", "AP50",
-                 "AP_no_sentence", "AP50_no_sentence", "attribute_accuracy", "caption_objects"):
-        assert 0 <= values[f"val_{name}"] <= 1 and 0 <= values[f"blind_{name}"] <= 1
-    last = said.strip().splitlines()[-1]
-    assert last.startswith("On 4 held-out pictures it guesses") and last.endswith(f"{folder}/report.html and sheet.png")
-    assert f"{values['val_caption_objects']:.2f} (blind {values['blind_caption_objects']:.2f})" in last
-    with Image.open(f"{folder}/sheet.png") as image:
-        assert image.size[0] > 1000 and len(image.convert("RGB").getcolors(10 ** 6)) > 10
+        total = sum(weights[f"loss_{name}"] * line[f"loss_{name}"] for name in LOSSES)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+        assert line["epoch"] == line["step"] / 8  # 64 images in batches of 8
+        assert {"lr", "lr_backbone", "grad_norm", "pictures_per_second", "seconds"} <= set(line)
+        assert line["broken"] == 0
+
+    assert [line["step"] for line in validations] == [3, 5]
+    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP",
+                 "AP50", "AP_no_sentence", "AP50_no_sentence", "attribute_accuracy",
+                 "caption_objects"):
+        for line in validations:
+            assert 0 <= line[f"val_{name}"] <= 1 and 0 <= line[f"blind_{name}"] <= 1
+    last = printed.strip().splitlines()[-1]
+    itm = [f"{validations[-1][f'{kind}_itm_accuracy']:.2f}" for kind in ("val", "blind")]
+    assert last.startswith("On 2 held-out images") and f"{itm[0]} (blind {itm[1]})" in last
+    for name in ("curves.png", "sheet.png"):
+        with Image.open(f"{folder}/{name}") as image:
+            assert len(image.convert("RGB").getcolors(10**6)) > 10  # not an empty page
+    state = load_checkpoint(f"{folder}/last.pt")
+    assert state["step"] == 5 and state["args"]["mini"] and state["names"]["coco"][0] == "circle"
+    assert len(state["vocabulary"]) == state["config"].vocabulary
 
 
-def test_the_checkpoint_says_how_it_was_made(run, world):
-    state = load_checkpoint(f"{run[0]}/last.pt")
-    assert state["step"] == 4 and state["args"]["data"] == world and state["args"]["mini"]
-    assert state["names"]["coco"][0] == "circle" and state["config"].classes == {"coco": 6, "vg": 6}
-    assert len(state["vocabulary"]) == state["config"].vocabulary == state["model"]["caption.weight"].shape[0]
+def test_mini_writes_the_world_if_it_is_not_there(tmp_path, monkeypatch, capsys):
+    write = shapes.write_world
+    monkeypatch.setattr(shapes, "write_world", lambda folder, **more: write(
+        folder, train=16, val=4, test=4, **more))
+    flags = [*TINY, "--data", str(tmp_path / "world"), "--steps", "1", "--val-pictures", "1"]
+    assert pretrain.main([*flags, "--output", str(tmp_path / "one")]) == 0
+    assert "writing the miniature world" in capsys.readouterr().out
+    assert pretrain.main([*flags, "--output", str(tmp_path / "two")]) == 0
+    assert "writing the miniature world" not in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(run, world, command, tmp_path):
-    options = [*TINY, "--data", world, "--output", tmp_path / "out", "--schedule", "step", "--dropout", "0.1"]
-    ok(command("pretrain.py", *options, "--steps", 2))
-    with open(tmp_path / "out" / "log.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 99}\n{"step": 4, "lo')  # what a killed run may leave after its checkpoint
-    ok(command("pretrain.py", "--resume", tmp_path / "out" / "last.pt", "--steps", 4, "--val-every", 3))
-    whole, parted = load_checkpoint(f"{run[0]}/last.pt"), load_checkpoint(str(tmp_path / "out" / "last.pt"))
-    for name, value in whole["model"].items():
-        assert torch.equal(value, parted["model"][name]), name
-    steps, _ = log(tmp_path / "out")
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    for a, b in zip(log(run[0])[0], steps):
-        assert a["loss"] == b["loss"] and a["lr"] == b["lr"] and a["grad_norm"] == b["grad_norm"]
+def test_one_short_loop_trains_both_stages():
+    assert len(inspect.getsource(pretrain.train).splitlines()) <= 100
+    assert finetune.train is pretrain.train
 
 
-def test_a_second_run_moves_the_first_one_out_of_the_way(run, world, command, tmp_path):
-    folder = tmp_path / "out"
-    shutil.copytree(run[0], folder)
-    said = ok(command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", 1))
-    assert f"holds an earlier run; moved to {folder}/earlier-1" in said
-    assert sorted(os.listdir(folder / "earlier-1")) == sorted(os.listdir(run[0]))
-    assert len(log(folder)[0]) == 1
+# --------------------------------------------------------------------------------------------------
+# Losses
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The same on several processes
+def minus_log_p(logits, answer):
+    """-log softmax(logits)[answer] in float64."""
+    values = [float(value) for value in logits]
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values)) - values[answer]
+
+
+def test_losses_equal_slow_loops_in_float64():
+    model, batch = small_model(), small_batch()
+    cells = [0, 7, 3]  # of three objects; the second has two words, the last none
+    batch["object_cells"] = torch.tensor(cells)
+    batch["word_objects"] = torch.tensor([0, 1, 1])
+    batch["word_pieces"] = torch.tensor([9, 20, 21])
+    batch["word_weights"] = torch.tensor([1.0, 0.5, 0.5])
+    objective = pretrain.Pretraining(model)
+    counts = objective.normalizers(batch)
+    words = sum(int(token) != 0 for token in batch["captions"][..., 1:].flatten())
+    assert counts[:3] == [len(batch["mlm_labels"]), 6, words]
+    assert counts[3] == 5  # boxes: 2 + 3 + 0
+
+    with torch.no_grad():
+        outputs = model(batch)
+        # The counts of two such micro-batches: the sum over both is the mean over all
+        losses = objective(batch, [2 * count for count in counts])
+    mlm = sum(map(minus_log_p, outputs["mlm"], batch["mlm_labels"].tolist()))
+    itm = sum(map(minus_log_p, outputs["itm"], batch["itm_labels"].flatten().tolist()))
+    caption = 0.0
+    for row, tokens in zip(outputs["caption"], batch["captions"].flatten(0, 1).tolist()):
+        for logits, token in zip(row, tokens[1:]):
+            caption += minus_log_p(logits, token) if token != 0 else 0.0
+    first, second, _ = outputs["grid_words"]
+    grid = minus_log_p(first, 9) + (minus_log_p(second, 20) + minus_log_p(second, 21)) / 2
+    expected = {"mlm": mlm / counts[0], "itm": itm / 6, "caption": caption / words,
+                "grid_word": grid / 5}
+    for name, value in expected.items():
+        assert float(losses[f"loss_{name}"]) == pytest.approx(value / 2, rel=1e-5), name
+
+
+def test_a_batch_with_nothing_to_ask_has_losses_of_zero():
+    """No masked token of a true sentence, no box: a mean over nothing would be NaN."""
+    model, batch = small_model(), small_batch()
+    batch["mlm_positions"] = batch["mlm_positions"][:0]
+    batch["mlm_labels"] = batch["mlm_labels"][:0]
+    batch["targets"] = [batch["targets"][2]] * 3
+    batch["object_cells"] = batch["word_objects"] = batch["word_pieces"] = torch.tensor([]).long()
+    batch["word_weights"] = torch.tensor([])
+    objective = pretrain.Pretraining(model)
+    losses = objective(batch, objective.normalizers(batch))
+    assert losses["loss_mlm"] == losses["loss_grid_word"] == losses["loss_bbox"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_weights_of_the_losses():
+    papers = {"loss_mlm": 1, "loss_itm": 1, "loss_caption": 1, "loss_class": 1, "loss_bbox": 5,
+              "loss_giou": 2, "loss_attribute": 1, "loss_grid_word": 0}
+    assert pretrain.loss_weights() == papers
+    changed = pretrain.loss_weights(["mlm=3", "giou=0.5"], grid_word=4)
+    assert changed == {**papers, "loss_mlm": 3, "loss_giou": 0.5, "loss_grid_word": 4}
+    without = pretrain.loss_weights(without=["attributes"], grid_word=4)
+    assert without == {**papers, "loss_attribute": 0, "loss_grid_word": 4}
+    nothing = pretrain.loss_weights(without=["mlm", "itm", "detection", "caption"], grid_word=4)
+    assert set(nothing.values()) == {0}
+    for wrong in ("mlm", "poetry=3", "mlm=much", "mlm=-1", "mlm=nan"):
+        with pytest.raises(InputError, match=f"--loss-weights {wrong}: must be NAME=NUMBER"):
+            pretrain.loss_weights([wrong])
+
+
+def test_what_is_left_out_learns_nothing(world, tmp_path):
+    flags = ["--without", "detection", "caption", "--loss-weights", "itm=2", "--steps", "1"]
+    assert pretrain.main([*TINY, *flags, "--data", world, "--output", str(tmp_path)]) == 0
+    (line,), _ = log(tmp_path)
+    assert line["loss"] == pytest.approx(line["loss_mlm"] + 2 * line["loss_itm"], rel=1e-6)
+    state = load_checkpoint(f"{tmp_path}/last.pt")
+    names = [name for name in state["model"] if "backbone.resnet" not in name]
+    moments = {name: float(value["exp_avg"].abs().sum())
+               for name, value in zip(names, state["optimizer"]["state"].values())}
+    assert moments["caption.weight"] == moments["box.0.weight"] == 0 < moments["itm.0.weight"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The same step in other ways
 
 
 @pytest.fixture(scope="module")
-def one_step(world, weights, tmp_path_factory):
-    """The checkpoint and log after one step of total batch 4, run in some way."""
-    @functools.cache
-    def step(*launch, **flags):
-        folder = str(tmp_path_factory.mktemp("step") / "out")
-        words = [w for k, v in flags.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-        ok(run_command("pretrain.py", *TINY, "--data", world, "--output", folder, "--steps", "1", "--backbone-weights",
-                       weights, "--lr", "1e-4", "--lr-backbone", "1e-5", *words, launch=launch))
-        return load_checkpoint(f"{folder}/last.pt"), log(folder)[0][0]
-    return step
+def step_flags(world, weights):
+    """One step of batch 4, without dropout and with frozen batch norm."""
+    return ["pretrain.py", *TINY, "--data", world, "--steps", "1", "--backbone-weights", weights,
+            "--lr", "1e-4", "--lr-backbone", "1e-5", "--val-pictures", "2"]
 
 
-@pytest.mark.parametrize("launch,flags", [(TORCHRUN, {}), ((), {"micro_batch": 1}), (TORCHRUN, {"micro_batch": 1})],
-                         ids=["two processes", "four parts", "two processes of two parts"])
-def test_processes_and_parts_change_nothing(one_step, weights, launch, flags):
-    (one, one_log), (many, many_log) = one_step(), one_step(*launch, **flags)
+@pytest.fixture(scope="module")
+def one_step(step_flags, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("one") / "out")
+    ok(run_command(*step_flags, "--output", folder))
+    return load_checkpoint(f"{folder}/last.pt"), log(folder)
+
+
+def same_step(folder, one_step):
+    (state, lines), (one, one_lines) = (load_checkpoint(f"{folder}/last.pt"), log(folder)), one_step
     for name, value in one["model"].items():
-        torch.testing.assert_close(many["model"][name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: name + m)
-    # AdamW's first step is lr * sign(gradient), nearly; its first moments tell more: they are a tenth of the gradient.
-    for a, b in zip(one["optimizer"]["state"].values(), many["optimizer"]["state"].values()):
+        torch.testing.assert_close(state["model"][name], value, rtol=0, atol=1e-5, msg=name)
+    # AdamW's first step is nearly lr * sign(gradient). Its first moments, a tenth of the gradient,
+    # tell more.
+    for a, b in zip(one["optimizer"]["state"].values(), state["optimizer"]["state"].values()):
         torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-3, atol=1e-6)
-    # Nor do they change the rates: the ResNet learns at its own
+    (line,), (one_line,) = lines[0], one_lines[0]
+    for name in ("loss", "grad_norm", *(f"loss_{name}" for name in LOSSES)):
+        assert line[name] == pytest.approx(one_line[name], rel=1e-5), name
+    return lines[1], one_lines[1]
+
+
+def test_micro_batches_take_the_same_step(step_flags, one_step, tmp_path):
+    printed = ok(run_command(*step_flags, "--output", tmp_path, "--micro-batch", "1"))
+    assert "batch 4 = 1 process(es) x 4 accumulation step(s) x 1 images" in printed
+    same_step(tmp_path, one_step)
+
+
+def test_two_processes_take_the_same_step_and_measure_the_same(step_flags, one_step, tmp_path):
+    for done in run_ranks(*step_flags, "--output", tmp_path):
+        ok(done)
+    (measured,), (expected,) = same_step(tmp_path, one_step)
+    assert measured == pytest.approx(expected, abs=1e-6)
+
+
+def test_torchrun_with_micro_batches_and_activation_checkpointing(step_flags, one_step, tmp_path):
+    printed = ok(run_command(*step_flags, "--output", tmp_path, "--micro-batch", "1",
+                             "--activation-checkpointing", launch=TORCHRUN))
+    # Only the first process prints
+    assert printed.count("batch 4 = 2 process(es) x 2 accumulation step(s) x 1 images") == 1
+    same_step(tmp_path, one_step)
+
+
+def test_bf16_takes_nearly_the_same_step(step_flags, one_step, tmp_path):
+    assert pretrain.main([*step_flags[1:], "--output", str(tmp_path), "--amp", "bf16"]) == 0
+    assert log(tmp_path)[0][0]["loss"] == pytest.approx(one_step[1][0][0]["loss"], rel=0.02)
+    dtypes = {value.dtype for value in load_checkpoint(f"{tmp_path}/last.pt")["model"].values()}
+    assert dtypes == {torch.float32}
+
+
+def test_a_compiled_model_takes_the_same_step(step_flags, one_step, tmp_path, monkeypatch):
+    """Traced, but run as it is: generating code takes minutes on a CPU."""
+    for name in ("optimize_ddp", "recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    real = nn.Module.compile
+    traced = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: traced.append(
+        real(module, backend="eager")))
+    assert pretrain.main([*step_flags[1:], "--output", str(tmp_path), "--compile"]) == 0
+    torch.compiler.reset()
+    assert len(traced) == 1
+    same_step(tmp_path, one_step)
+
+
+def test_the_resnet_learns_at_its_own_rate(one_step, weights):
+    """AdamW's first step is at most the learning rate, and hardly less for some weight."""
+    state = one_step[0]
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [1e-4, 1e-5]
     before = torch.load(weights, weights_only=True)
-    moved = [float((many["model"][f"backbone.resnet.{name}"] - value).abs().max()) for name, value in before.items()
-             if name.endswith("weight") and f"backbone.resnet.{name}" in one["model"]]
-    assert 0.9e-5 < max(moved) < 1.2e-5
-    for name in one_log:
-        if name.startswith("loss") or name == "grad_norm":
-            assert many_log[name] == pytest.approx(one_log[name], rel=1e-5), name
+    names = {f"backbone.resnet.{name}": value for name, value in before.items()}
+    moved = max(float((state["model"][name] - value).abs().max()) for name, value in names.items()
+                if name in state["model"])
+    assert 0.9e-5 < moved < 1.2e-5
 
 
-@pytest.fixture
-def two_hosts(tmp_path):
-    """Run a script as on two hosts: two launchers that know of each other only where to meet."""
-    def run(*words):
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            meet = f"localhost:{s.getsockname()[1]}"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                  "--rdzv_backend=c10d", f"--rdzv_endpoint={meet}"]
-        hosts = [subprocess.Popen([*launch, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-        said = [host.communicate(timeout=300) for host in hosts]
-        assert [host.returncode for host in hosts] == [0, 0], said
-        return "".join(out for out, _ in said)
-    return run
-
-
-def test_two_hosts_train_and_measure_as_one_process(one_step, two_hosts, world, weights, tmp_path):
-    flags = [*TINY, "--data", world, "--steps", "1", "--backbone-weights", weights, "--lr", "1e-4", "--lr-backbone",
-             "1e-5"]
-    said = two_hosts("pretrain.py", *flags, "--output", f"{tmp_path}/out", "--activation-checkpointing",
-                     "--micro-batch", "1")
-    assert said.count("batch 4 = 2 process(es) x 2 part(s) x 1 pictures") == 1  # only the first process speaks
-    one, one_log = one_step()
-    for name, value in load_checkpoint(f"{tmp_path}/out/last.pt")["model"].items():
-        torch.testing.assert_close(value, one["model"][name], rtol=0, atol=1e-5, msg=lambda m, name=name: name + m)
-    assert log(f"{tmp_path}/out")[0][0]["grad_norm"] == pytest.approx(one_log["grad_norm"], rel=1e-5)
-    evaluate = ["evaluate.py", "--checkpoint", f"{tmp_path}/out/last.pt", "--data", world, "--json"]
-    two_hosts(*evaluate, f"{tmp_path}/two.json")
-    ok(run_command(*evaluate, f"{tmp_path}/one.json"))
-    with open(tmp_path / "one.json") as a, open(tmp_path / "two.json") as b:
-        measured, expected = json.load(b), json.load(a)
-    assert measured.keys() == expected.keys()
-    assert all(measured[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6) for name in expected)
-
-
-def test_two_processes_measure_what_one_does(run, command, tmp_path):
-    shutil.copytree(run[0], tmp_path / "out")  # previous.pt is of before its last validation, which is then taken again
-    ok(command("pretrain.py", "--resume", tmp_path / "out" / "previous.pt", launch=TORCHRUN))
-    (one,), (two,) = log(run[0])[1], log(tmp_path / "out")[1]
-    assert one == pytest.approx(two, abs=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Losses and the schedule
+# --------------------------------------------------------------------------------------------------
+# Schedules and defaults
 
 
 def args_of(*words):
     return pretrain.parse([*words])[0]
 
 
-def test_cell_loss_equals_a_loop_over_objects():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 9, dtype=torch.float64)
-    objects = [[(1, 2), (3,)], [], [(4, 4, 5), ()]]  # the words of each picture's objects; one may have none
-    targets = [{"labels": torch.zeros(len(of), dtype=torch.long),
-                "words": torch.tensor([w for words in of for w in words], dtype=torch.long),
-                "word_rows": torch.tensor([n for n, words in enumerate(of) for _ in words], dtype=torch.long)}
-               for of in objects]
-    expected = 0.0
-    for row, words in zip(logits, [words for of in objects for words in of]):
-        each = [-math.log(math.exp(row[w]) / sum(math.exp(v) for v in row)) for w in words]
-        expected += sum(each) / max(1, len(each)) / 4
-    assert float(pretrain.cell_loss(logits, targets, 4.0)) == pytest.approx(expected, rel=1e-6)
-    nothing = pretrain.cell_loss(logits[:0].requires_grad_(), targets[1:2], 0.0)
-    nothing.backward()
-    assert nothing == 0
-
-
-def test_words_of_names():
-    tokenizer = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "tennis", "court", "red"])
-    names = {"coco": ["tennis court"], "vg": ["court"], "attributes": ["red"]}
-    assert pretrain.words_of(names, tokenizer) == {"coco": [[5, 6]], "vg": [[6]], "attributes": [[7]]}
-    assert pretrain.words_of(names, tokenizer, ["attributes"]) == {"coco": [[5, 6]], "vg": [[6]], "attributes": [[]]}
-
-
-def test_losses_can_be_left_out(world, command, tmp_path):
-    everything = pretrain.weights_of([])
-    assert everything == {"loss_mlm": 1, "loss_itm": 1, "loss_caption": 1, "loss_class": 1, "loss_bbox": 5,
-                          "loss_giou": 2, "loss_attribute": 1}
-    assert pretrain.weights_of(["attributes"]) == {**everything, "loss_attribute": 0}
-    assert sum(pretrain.weights_of(["mlm", "itm", "detection", "caption"], cells=4).values()) == 0
-    assert pretrain.weights_of(["attributes"], cells=4) == {**everything, "loss_attribute": 0, "loss_cell": 4}
-    assert pretrain.weights_of([], ["mlm=3", "giou=0.5"]) == {**everything, "loss_mlm": 3, "loss_giou": 0.5}
-    for wrong in ("mlm", "poetry=3", "mlm=much", "mlm=-1", "mlm=nan"):
-        with pytest.raises(InputError, match=f"--loss-weights {wrong}: must be NAME=NUMBER"):
-            pretrain.weights_of([], [wrong])
-    ok(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path / "out", "--steps", 1,
-               "--without", "detection", "caption", "--loss-weights", "itm=2"))
-    (line,), _ = log(tmp_path / "out")
-    assert line["loss"] == pytest.approx(line["loss_mlm"] + 2 * line["loss_itm"], rel=1e-6)
-    state = load_checkpoint(f"{tmp_path}/out/last.pt")  # the heads of what was left out have learnt nothing
-    names = [n for n in state["model"] if "backbone.resnet" not in n]
-    moments = {n: v["exp_avg"].abs().sum() for n, v in zip(names, state["optimizer"]["state"].values())}
-    assert moments["caption.weight"] == moments["box.0.weight"] == 0 < moments["itm.0.weight"]
-
-
-def test_each_loss_is_normalised_by_its_own_count():
-    model, batch = small_model().train(), small_batch()
-    args = args_of("--queries", "5")
-    args.pad = 0
-    counts = pretrain.counts_of(batch, args)
-    assert counts[0] == len(batch["mlm_words"]) and counts[1] == 6
-    assert counts[2] == int((batch["captions"][..., 1:] != 0).sum()) and counts[3] == 5  # boxes: 2 + 3 + 0
-    out = model(batch)
-    named = pretrain.losses(out, batch, counts, args)
-    words = torch.nn.functional.cross_entropy(out["caption"].transpose(1, 2), batch["captions"].flatten(0, 1)[:, 1:],
-                                              ignore_index=0)
-    torch.testing.assert_close(named["loss_caption"], words)
-    torch.testing.assert_close(named["loss_itm"], torch.nn.functional.cross_entropy(
-        out["itm"], batch["itm_labels"].flatten()))
-
-
-@pytest.mark.parametrize("progress,scale", [(0.0, 1.0), (0.66, 1.0), (0.67, 0.1), (1.0, 0.1)])
-def test_step_schedule(progress, scale):
-    assert pretrain.learning_rate_scale(10 ** 6, progress, args_of()) == scale
-
-
-def test_cosine_schedule_and_warm_up():
-    args = args_of("--schedule", "cosine", "--warmup", "10")
-    assert pretrain.learning_rate_scale(0, 0.0, args) == pytest.approx(0.1)
-    assert pretrain.learning_rate_scale(100, 0.5, args) == pytest.approx(0.5)
-    assert pretrain.learning_rate_scale(100, 1.2, args) == pytest.approx(0.0)
+def test_schedules_are_functions_of_step_and_progress():
+    step = pretrain.rate_of(args_of())
+    assert [step(10**6, progress) for progress in (0, 0.66, 0.67, 1)] == [1, 1, 0.1, 0.1]
+    cosine = pretrain.rate_of(args_of("--schedule", "cosine", "--warmup", "10"))
+    assert cosine(0, 0.0) == pytest.approx(0.1)  # the first of ten steps of warm-up
+    assert cosine(9, 0.0) == pytest.approx(1.0)
+    assert cosine(100, 1 / 3) == pytest.approx(0.75)
+    assert cosine(100, 1.2) == pytest.approx(0.0)  # --minutes may be passed
 
 
 def test_the_papers_settings_are_the_defaults():
     args = args_of("--backbone", "r152", "--data", "DIR")
-    assert (args.batch_size, args.epochs, args.lr, args.lr_backbone, args.weight_decay, args.sentences_per_picture,
-            args.encoder_layers, args.decoder_layers, args.width, args.heads, args.feed_forward, args.queries) == (
-        32, 200, 1e-4, 1e-5, 1e-4, 1, 12, 6, 256, 12, 1024, 100)
-    assert args.short_sides == list(range(480, 801, 32)) and args.long_side == 1333
-    assert args.backbone_weights == "imagenet" and not args.minutes
+    expected = dict(
+        batch_size=32, epochs=200, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4,
+        encoder_layers=12, decoder_layers=6, width=256, heads=12, feed_forward=1024, queries=100,
+        sentences_per_picture=1, short_sides=list(range(480, 801, 32)), long_side=1333, stride=32,
+        backbone_weights="imagenet", minutes=0, grid_word_loss=0, mask_named=0.15, loss_weights=[])
+    assert {key: getattr(args, key) for key in expected} == expected
 
 
-def test_given_flags_win_over_the_preset():
+def test_mini_is_other_defaults_and_given_flags_win():
     args = args_of("--mini", "--backbone", "r34", "--minutes", "3")
-    assert args.backbone == "r34" and args.minutes == 3 and args.width == 128 and args.stride == 16
+    expected = {**pretrain.MINI, "backbone": "r34", "minutes": 3}
+    assert {key: getattr(args, key) for key in expected} == expected
+    some = {"width": 128, "stride": 16, "epochs": 40, "minutes": 18.5, "short_sides": [64]}
+    assert some.items() <= pretrain.MINI.items()
 
 
-def test_the_model_can_be_traced_for_compilation():
-    """What --compile asks of the model; generating code for it takes a minute and a half on a CPU and is not tested."""
-    model, batch = small_model(), small_batch()
-    traced = torch.compile(model, backend="eager")(batch)
-    for name, value in model(batch).items():
-        if name != "objects":
-            torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-5)
+# --------------------------------------------------------------------------------------------------
+# Resume
 
 
-def test_compilation_does_not_begin_again_with_each_shape():
-    """Of a long training's pictures hardly two batches have the same size."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    torch.compiler.reset()
-    traced, numbers = torch.compile(small_model(frozen_batch_norm=True).train(), backend=count), []
-    for n in range(6):
-        traced(small_batch(sizes=[(40 + 13 * n, 90 - 7 * n), (50 + 9 * n, 41 + 5 * n)], T=6 + n))
-        numbers.append(len(graphs))
-    # Of the six parts into which the model falls, torch 2.11 compiles one again where sides are even instead of odd
-    more = 3 if torch.__version__.startswith("2.11") else 0
-    assert 0 < numbers[-1] <= numbers[2] + more, numbers
+def as_whole(folder, whole):
+    """The log and everything in the checkpoint is as if the run had not been stopped."""
+    assert differences(result(whole), result(folder)) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Full size
+@pytest.mark.parametrize("number,step,workers", [
+    (signal.SIGTERM, 1, (1, 0)), (signal.SIGINT, 2, (0, 2)), (signal.SIGUSR1, 4, (2, 1))])
+def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(
+        whole, world, number, step, workers, tmp_path):
+    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", tmp_path]
+    (done,) = run_ranks(*flags, "--workers", workers[0], ranks=1,
+                        last=(signal_after, step, number))
+    assert done.returncode == 128 + number and done.stderr == ""
+    assert done.stdout.splitlines()[-1] == (
+        f"stopped at step {step} by a signal; go on with --resume {tmp_path}/last.pt")
+    assert load_checkpoint(f"{tmp_path}/last.pt")["step"] == step
+    ok(run_command("pretrain.py", "--resume", f"{tmp_path}/last.pt", "--workers", workers[1]))
+    as_whole(tmp_path, whole[0])
 
 
-FULL_STEP = """
-import sys, torch
-sys.path.insert(0, "tests")
-from conftest import small_batch
-from model import E2EVLP, Config
-import pretrain
-torch.manual_seed(0)
-model = E2EVLP(Config(backbone="r50", vocabulary=1000, classes={"coco": 80, "vg": 1600}, attributes=6)).train()
-batch = small_batch(((800, 1333),), K=1, T=40, vocabulary=1000)
-for old, new in ((2, 101), (3, 102)):
-    for key in ("tokens", "captions"):
-        batch[key][batch[key] == old] = new
-args = pretrain.parse([])[0]
-args.pad = 0
-named = pretrain.losses(model(batch), batch, pretrain.counts_of(batch, args), args)
-sum(named.values()).backward()
-assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-"""
+def test_a_killed_run_ends_as_one_that_never_stopped(whole, world, tmp_path):
+    """Killed when step 4 is in the log and not yet in the checkpoint, with a half-written line."""
+    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", tmp_path]
+    (done,) = run_ranks(*flags, ranks=1, last=(signal_after, 4, signal.SIGKILL))
+    assert done.returncode == -signal.SIGKILL
+    assert load_checkpoint(f"{tmp_path}/last.pt")["step"] == 3
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    printed = ok(run_command(*flags, "--resume", "auto"))
+    assert f"{tmp_path}/last.pt: going on at step 3" in printed
+    as_whole(tmp_path, whole[0])
 
 
-def test_a_full_size_step_fits_into_12_gb():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    done = subprocess.run([sys.executable, "-c", FULL_STEP], cwd=ROOT, text=True, capture_output=True, timeout=300)
-    ok(done)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest child so far, GB
-    assert max(before / 2 ** 20, peak) < 12
+def test_two_processes_stop_together_and_resume_exactly(world, tmp_path):
+    """The signal reaches only the second one and its loader workers."""
+    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--steps", "3", "--val-every", "0"]
+    for done in run_ranks(*flags, "--output", tmp_path / "whole"):
+        ok(done)
+    parts = tmp_path / "parts"
+    first, second = run_ranks(*flags, "--output", parts, "--workers", "1",
+                              last=(signal_after, 1, signal.SIGUSR1))
+    assert first.returncode > 128 and second.returncode == first.returncode, first.stderr
+    assert "stopped at step 1 by a signal" in first.stdout and second.stdout == ""
+    for done in run_ranks("pretrain.py", "--resume", parts / "last.pt"):
+        ok(done)
+    as_whole(parts, tmp_path / "whole")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The plan
+def test_auto_starts_where_nothing_is_and_then_goes_on(world, tmp_path, capsys):
+    flags = [*TINY, "--data", world, "--output", str(tmp_path), "--resume", "auto"]
+    assert pretrain.main([*flags, "--steps", "1"]) == 0
+    assert pretrain.main([*flags, "--steps", "2"]) == 0
+    assert "going on at step 1" in capsys.readouterr().out
+    assert [line["step"] for line in log(tmp_path)[0]] == [1, 2]
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--activation-checkpointing"]], ids=lambda f: f[-1:])
-def test_the_plans_step_is_the_real_one(flags):
-    """Counted without memory or computation, and for tensors that are there: the same FLOPs and bytes."""
-    args = args_of("--queries", "20", "--sentences-per-picture", "2", *flags)
-    config = Config(backbone="r18", encoder_layers=2, decoder_layers=2, queries=20)
-    (flops, held), (real_flops, real_held) = (
-        pretrain.step_cost(config, args, 2, 160, 224, fake=fake) for fake in (True, False))
-    assert flops == real_flops and held == pytest.approx(real_held, rel=0.02)
+def test_auto_starts_anew_after_a_kill_before_the_first_checkpoint(world, tmp_path):
+    flags = ["pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--resume", "auto",
+             "--steps", "2"]
+    run_ranks(*flags, ranks=1, last=(signal_after, 1, signal.SIGKILL))
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+    ok(run_command(*flags))
+    assert [line["step"] for line in log(tmp_path)[0]] == [1, 2]
 
 
-def test_the_plans_flops_are_three_times_the_walks():
-    """A backward pass has twice the products of the forward pass: for a layer's input and for its weights. Less: the
-    first convolution's input; more: quick attention computes its weights a second time."""
-    config = Config(backbone="r18", encoder_layers=2, decoder_layers=2)
-    forward = sum(row[3] for row in walk(config, 256, 320, 20))
-    flops, _ = pretrain.step_cost(config, args_of(), 1, 256, 320)
-    assert flops == pytest.approx(3 * forward, rel=0.03)
+def test_a_finished_run_stays_as_it_is(whole, world, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    before = (folder / "log.jsonl").read_bytes()
+    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", folder]
+    ok(run_command(*flags, "--resume", "auto"))
+    assert (folder / "log.jsonl").read_bytes() == before
+    as_whole(folder, whole[0])
 
 
-def test_the_plan_is_printed_and_nothing_is_written(command, tmp_path):
-    said = ok(command("pretrain.py", "--plan", "--backbone", "r18", "--gpus", "8", "--micro-batch", "2",
-                      "--short-sides", "64", "96", "--long-side", "160", "--encoder-layers", "2",
-                      "--data", f"{tmp_path}/none", "--output", f"{tmp_path}/out"))
-    with torch.device("meta"):
-        parameters = count_parameters(E2EVLP(Config(backbone="r18", encoder_layers=2)))
-    assert f"{parameters / 1e6:.1f} M parameters" in said and "8 GPU(s) x 2 part(s) x 2" in said
-    assert "5,625 steps" in said and "1,125,000 steps, 200 epochs" in said and max(map(len, said.splitlines())) < 200
-    weights, gradients, optimiser, activations, whole = map(float, re.search(
-        r"weights ([\d.]+) \+ gradients ([\d.]+) \+ optimiser ([\d.]+) \+ activations ([\d.]+) = ([\d.]+) of 80 GB",
-        said).groups())
-    assert weights == gradients == pytest.approx(parameters * 4e-9, abs=0.01)
-    assert optimiser == pytest.approx(2 * weights, abs=0.01)
-    assert weights + gradients + optimiser + activations == pytest.approx(whole, abs=0.03)
-    assert not os.path.exists(tmp_path / "out") and not os.path.exists(tmp_path / "none")
+def test_a_folder_that_holds_a_run_is_refused(whole, world, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    flags = [*TINY, "--data", world, "--output", str(folder), "--steps", "1"]
+    assert pretrain.main(flags) == 2
+    assert f"--output {folder}: holds a run; go on with --resume" in capsys.readouterr().err
+    assert pretrain.main([*flags, "--resume", f"{whole[0]}/last.pt"]) == 2  # of another folder
+    assert f"--output {folder}: " in capsys.readouterr().err
+    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
-def test_the_plan_knows_the_data(command, world, tmp_path):
-    said = ok(command("pretrain.py", *TINY, "--plan", "--data", world, "--gpu-memory", "0.01"))
-    assert f"64 pictures of {world}" in said and "at most 0 pictures at once, not 4" in said
+@pytest.mark.parametrize("flag,value,was", [
+    ("--width", "64", 32), ("--seed", "5", 0), ("--batch-size", "4", 8),
+    ("--sets", "vg", "['coco', 'vg']"), ("--weight-decay", "0", 0.0001)])
+def test_flags_that_a_resumed_run_may_not_change(whole, flag, value, was, capsys):
+    assert pretrain.main(["--resume", f"{whole[0]}/last.pt", flag, value]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flag in line and f"the resumed run has {was}; leave the flag away" in line
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Bad input: exit code 2, one or two lines that name the culprit, no traceback, nothing written
+# --------------------------------------------------------------------------------------------------
+# What stops a run
 
 
-@pytest.fixture
-def copy(world, tmp_path):
-    """A world of one's own, to break."""
-    shutil.copytree(world, tmp_path / "world")
-    return tmp_path / "world"
+def test_the_first_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch, capsys):
+    """In a later micro-batch of step 6: the checkpoint is of step 5, and the images are named."""
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    forward, batches = pretrain.Pretraining.forward, []
+
+    def spoil(objective, batch, normalizers):
+        batches.append(batch["ids"])
+        losses = forward(objective, batch, normalizers)
+        factor = math.nan if len(batches) == 3 else 1
+        return {name: factor * loss for name, loss in losses.items()}
+
+    monkeypatch.setattr(pretrain.Pretraining, "forward", spoil)
+    # Batch norm that trains has seen the images: those statistics are of no step, but finite
+    assert pretrain.main(["--resume", f"{folder}/last.pt", "--steps", "8"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("pretrain.py: step 5: the loss or its gradient is not finite (loss_mlm ")
+    assert ", ".join(name for ids in batches for name in ids) in line and len(batches) == 4
+    state, before = (load_checkpoint(f"{place}/last.pt") for place in (folder, whole[0]))
+    assert state["step"] == 5
+    assert differences(before["optimizer"]["state"], state["optimizer"]["state"]) == []
+    for name, value in before["model"].items():
+        trained = "running_" in name or "num_batches" in name
+        assert trained or torch.equal(state["model"][name], value), name
 
 
-def fails(done, *says):
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert 1 <= len(lines) <= 2 and lines[-1].startswith("pretrain.py: ")
-    for text in says:
-        assert text in lines[-1], lines
+def test_weights_that_are_not_finite_are_not_saved(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    step = torch.optim.AdamW.step
 
+    def spoil(optimizer):
+        step(optimizer)
+        optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
 
-@pytest.mark.parametrize("flags,says", [
-    (["--data", "nowhere", "--steps", "1"], ["--data nowhere: no such folder"]),
-    (["--backbone", "r99"], ["--backbone", "r99"]),
-    (["--resume", "nowhere.pt"], ["--resume nowhere.pt: no such file"]),
-    (["--resume", "README.md"], ["--resume README.md: not a PyTorch file"]),
-    (["--mini", "--batch-size", "0"], ["--batch-size 0: must be more than 0"]),
-    (["--mini", "--width", "30"], ["--width 30: must be a multiple of 4"]),
-    (["--mini", "--resume", "nowhere/last.pt"], ["--resume nowhere/last.pt: no such file"]),
-    (["--mini", "--short-sides", "8"], ["--short-sides 8"]),
-    (["--device", "cuda:99"], ["--device cuda:99"]),
-], ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "")
-def test_bad_flags(command, flags, says):
-    fails(command("pretrain.py", *flags), *says)
-
-
-def test_a_folder_that_cannot_be_written(command, world, tmp_path):
-    (tmp_path / "file").write_text("")
-    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path / "file"), f"--output {tmp_path}/file")
-
-
-def test_missing_and_broken_files(command, copy):
-    flags = [*TINY, "--data", copy, "--output", copy / "out", "--steps", "1"]
-    path = copy / "vg" / "objects.json"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    fails(command("pretrain.py", *flags), "vg/objects.json: not valid JSON", "cut off")
-    path.unlink()
-    fails(command("pretrain.py", *flags), "vg/objects.json: not found")
-    path.write_bytes(whole)
-    (copy / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
-    fails(command("pretrain.py", *flags), "vocab.txt", "[MASK]")
-    assert os.listdir(copy / "out") == []
-
-
-def test_a_batch_that_does_not_divide(command, world, tmp_path):
-    done = command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--batch-size", 3, launch=TORCHRUN)
-    said = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: ")]
-    assert done.returncode != 0 and said == [
-        "pretrain.py: --batch-size 3: does not divide among 2 processes; choose a multiple of 2"]
-
-
-def break_pictures(copy, n):
-    folder = copy / "coco" / "train2017"
-    for name in sorted(os.listdir(folder))[:n]:
-        (folder / name).write_bytes(b"\xff\xd8\xff half a picture")
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    flags = ["--resume", f"{folder}/last.pt", "--steps", "8", "--checkpoint-minutes", "9"]
+    assert pretrain.main(flags) == 2
+    assert "step 6: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert load_checkpoint(f"{folder}/last.pt")["step"] == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_pictures_are_named_counted_and_replaced(command, copy, workers):
-    break_pictures(copy, 3)
-    flags = [*TINY, "--data", copy, "--output", copy / "out", "--epochs", "1", "--workers", workers]
-    said = ok(command("pretrain.py", *flags))
-    assert "3 pictures could not be decoded and were replaced" in said and "coco/train2017/0000" in said
-    assert log(copy / "out")[0][-1]["broken"] == 3
-    fails(command("pretrain.py", *flags, "--max-broken", 2), "coco/train2017/0000", "--max-broken 2")
+def test_a_broken_image_is_named_counted_and_replaced(copy, workers, tmp_path):
+    names = break_images(copy, 3)
+    done = run_command("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out",
+                       "--epochs", "1", "--workers", workers, "--val-pictures", "1")
+    ok(done)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    for name in names:
+        assert sum(f"coco/train2017/{name}: " in line and "replaced by the next image" in line
+                   for line in lines) == 1
+    steps, _ = log(tmp_path / "out")
+    assert len(steps) == 16 and steps[-1]["broken"] == 3
 
 
-@pytest.mark.parametrize("launch", [(), TORCHRUN], ids=["one process", "two processes"])
-def test_a_folder_full_of_broken_pictures(command, copy, launch):
-    break_pictures(copy, 100)
-    done = command("pretrain.py", *TINY, "--data", copy, "--output", copy / "out", "--sets", "coco", "--workers", 1,
-                   launch=launch)
-    said = [line for line in done.stderr.splitlines() if "cannot be decoded" in line]
-    assert done.returncode != 0 and len(said) == 1 and said[0].startswith("pretrain.py: ") and "0000" in said[0]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_of_broken_images_is_one_line(copy, workers, tmp_path):
+    """Also where it is a loader worker that finds out."""
+    break_images(copy, 100)
+    done = run_command("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out",
+                       "--sets", "coco", "--workers", workers)
+    one_line(done, "coco/train2017/0000", "cannot be decoded, nor can the 20 images after it")
 
 
-def test_a_broken_validation_picture_is_said_and_left_out(command, copy):
-    name = sorted(os.listdir(copy / "coco" / "val2017"))[0]
-    (copy / "coco" / "val2017" / name).write_bytes(b"\xff\xd8\xff half a picture")
-    said = ok(command("pretrain.py", *TINY, "--data", copy, "--output", copy / "out", "--steps", "1"))
-    assert f"{name}: cannot be decoded" in said and "On 3 held-out pictures" in said
+def test_an_error_of_the_second_processs_data_is_one_line(world, tmp_path):
+    """It is printed by one of the two, and both end with it."""
+    done = run_ranks("pretrain.py", *TINY, "--data", world, "--output", tmp_path,
+                     last=(no_image_decodes,))
+    assert [one.returncode for one in done] == [2, 2], done[0].stderr
+    lines = [line for one in done for line in one.stderr.splitlines()]
+    assert [line for line in lines if line.startswith("pretrain.py: ")] == [
+        "pretrain.py: a.jpg: cannot be decoded"]
+    assert "Traceback" not in "".join(lines)
 
 
-@pytest.mark.parametrize("flag,value", [("--width", "64"), ("--queries", "7"), ("--seed", "5")])
-def test_resuming_with_other_settings(command, run, flag, value):
-    fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", flag, value), f"{flag} {value}: the resumed run has")
+def test_an_error_of_the_first_process_ends_both_with_one_line(copy, tmp_path):
+    path = copy / "vg" / "objects.json"
+    path.write_bytes(path.read_bytes()[:1000])
+    first, second = run_ranks("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out")
+    one_line(first, "pretrain.py: ", "vg/objects.json")
+    assert second.returncode == 2 and second.stderr == ""
+
+
+def test_a_process_that_hangs_ends_the_run(world, tmp_path):
+    """The first process waits --timeout minutes for the second one, then both end."""
+    done = run_ranks("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--steps", "9",
+                     "--timeout", "0.1", last=(after_step, 1, time.sleep, 20))
+    assert all(one.returncode == 1 for one in done)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+def refused(capsys, *flags):
+    """The last line of what a command line prints that ends with exit code 2."""
+    try:
+        code = pretrain.main([str(flag) for flag in flags])
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage:")]
+    assert code == 2 and len(lines) == 1, lines
+    return lines[0]
 
 
 @pytest.mark.parametrize("flag,value", [
-    *((f"--{flag}", "1" + "0" * 20) for flag in ("seed", "workers", "steps", "width", "encoder-layers", "long-side",
-                                                "short-sides", "sentences-per-picture")),
-    ("--batch-size", "1" + "0" * 400), ("--lr", "1e+300")])
-def test_numbers_beyond_all_sense_are_refused_by_name(flag, value, capsys):
-    assert pretrain.main(["--mini", flag, value]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"pretrain.py: {flag} {value[:40]}: must be") and said.count("\n") == 1 and len(said) < 200
+    ("--backbone", "r99"), ("--batch-size", "0"), ("--batch-size", "1" + "0" * 30), ("--lr", "nan"),
+    ("--lr", "-1"), ("--lr", "1e300"), ("--width", "30"), ("--short-sides", "8"),
+    ("--dropout", "1.5"), ("--workers", "many"), ("--seed", "-1"), ("--device", "cuda:99"),
+    ("--resume", "nowhere.pt"), ("--resume", "README.md"), ("--data", "nowhere"),
+    ("--backbone-weights", "nowhere.pth"), ("--output", "README.md")])
+def test_a_flag_that_cannot_be_is_named(flag, value, world, tmp_path, capsys):
+    flags = ["--backbone", "r18", "--data", world, "--output", tmp_path, flag, value]
+    line = refused(capsys, *flags)
+    assert flag in line and (value in line or value == "nowhere") and len(line) < 300
 
 
-@pytest.mark.parametrize("change,says", [
-    (lambda s: s["args"].update(width="128"), "its run's --width is '128'"),
-    (lambda s: s["args"].update(short_sides=[]), "sizes of pictures"),
-    (lambda s: s["args"].pop("seed"), "run's --seed"), (lambda s: s.pop("seconds"), "its seconds is"),
-    (lambda s: s["args"].update(schedule="never"), "its run's --schedule is 'never'"),
-    (lambda s: s["args"].update(epochs=None), "its run's --epochs is 'None'"),
-    (lambda s: s["optimizer"]["param_groups"].pop(), "its optimiser's state"),
-    (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "its optimiser's state"),
-    (lambda s: s["optimizer"]["state"][0].pop("step"), "its optimiser's state"),
-    (lambda s: s["optimizer"].update(state=[]), "its optimiser's state")])
-def test_resuming_a_checkpoint_that_somebody_has_edited(run, tmp_path, capsys, change, says):
-    shutil.copytree(run[0], tmp_path / "out")
-    path = str(tmp_path / "out" / "last.pt")
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-    assert pretrain.main(["--resume", path, "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert says in said and path in said and said.count("\n") == 1
+def test_a_batch_must_divide_among_the_processes(world, tmp_path):
+    first, second = run_ranks("pretrain.py", *TINY, "--data", world, "--output", tmp_path,
+                              "--batch-size", "3")
+    one_line(first, "--batch-size 3: does not divide among 2 processes; choose a multiple of 2")
+    assert second.returncode == 2 and second.stderr == ""
 
 
-@pytest.mark.parametrize("flag", ["--output", "--data"])
-def test_a_folder_that_is_too_deep_to_make(flag, tmp_path, capsys):
-    assert pretrain.main(["--mini", "--device", "cpu", "--output", str(tmp_path), flag, "a/" * 3000]) == 2
-    assert f"{flag} a/a/" in capsys.readouterr().err
-
-
-def test_resuming_on_other_data(command, run, copy):
-    (copy / "vg" / "attributes_vocab.txt").write_text("red\nblue\n")
-    fails(command("pretrain.py", "--resume", f"{run[0]}/last.pt", "--data", copy),
-          "its classes or attributes are not those of", "attributes_vocab.txt")
-
-
-def test_weights_that_cannot_be_had(command, world, tmp_path):
-    fails(command("pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--backbone-weights", "nowhere.pth"),
-          "--backbone-weights nowhere.pth: no such file")
+@pytest.mark.parametrize("script,most", [(pretrain, 50), (finetune, 55)])
+def test_help_has_a_word_about_each_flag_and_each_default_once(script, most, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    flags = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
+    assert 35 < len(flags) <= most
+    for flag in flags:
+        assert len(flag.split()) > 2 and flag.count("default:") <= 1, flag
+        assert not re.search(r"default:\s+(None|False|\[)", flag), flag
+    for group in ("data", "model", "training", "output"):
+        assert f"\n{group}:\n" in text
