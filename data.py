@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated
@@ -73,9 +72,6 @@ class Tokenizer:
         self.pad, self.unk, self.cls, self.sep, self.mask = (ids[piece] for piece in SPECIAL)
         self.ordinary = [i for piece, i in ids.items() if piece not in SPECIAL]
         self.wordpiece = BertWordPieceTokenizer(ids, lowercase=True)
-
-    def __len__(self):
-        return len(self.vocabulary)
 
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of ids, at most max_tokens of them."""
@@ -392,8 +388,8 @@ def read_vg(data, say=print):
 
 
 def held_out(data, say=print):
-    """(COCO ids, Flickr numbers) of the images that no training may see: val2017, and the val and
-    test splits of Karpathy's files; and COCO's ids of his test split.
+    """(COCO ids, Flickr numbers) of the images that no training may see, those of val2017 and of
+    Karpathy's val and test splits; and COCO's ids of his test split.
     """
     coco, flickr, test = set(), set(), set()
     path = f"{data}/coco/annotations/instances_val2017.json"
@@ -582,8 +578,7 @@ def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print):
 # --------------------------------------------------------------------------------------------------
 # Images
 
-# Pillow knows dozens of formats, and starts programs for some of them (EPS: Ghostscript). These are
-# the ones that images of data sets, telephones and the web have.
+# Pillow knows dozens of formats, and starts programs for some of them (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Pillow refuses to decode more than twice its MAX_IMAGE_PIXELS, 178 M pixels ("decompression
 # bomb"); large photographs lie below that and need no warning.
@@ -895,14 +890,10 @@ def main(argv=None):
         args = parser.parse_args(argv)
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
         data = pretraining_index(args.data, sets, args.index)
-        boxes = Counter()
-        for example in data["train"]:
-            for source in sets:
-                objects = getattr(example, source)
-                boxes[source] += len(objects.boxes) if objects else 0
-        print(f"{len(data['train']):,} images with {data['sentences']:,} sentences to pre-train "
-              f"on, {len(data['val']):,} held out; "
-              + ", ".join(f"{count:,} boxes of {source}" for source, count in boxes.items()))
+        boxes = sum(len(objects.boxes) for example in data["train"]
+                    for objects in (example.coco, example.vg) if objects)
+        print(f"{len(data['train']):,} images with {data['sentences']:,} sentences and {boxes:,} "
+              f"boxes to pre-train on, {len(data['val']):,} images held out")
 
     return command("data.py", work)
 

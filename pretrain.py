@@ -736,7 +736,7 @@ def config_of(args, tokenizer, names, **more):
     """The model's configuration from the flags, the vocabulary and the label sets."""
     return Config(
         **{flag: getattr(args, flag) for flag in MODEL_FLAGS},
-        frozen_batch_norm=args.backbone_weights != "none", vocabulary=len(tokenizer),
+        frozen_batch_norm=args.backbone_weights != "none", vocabulary=len(tokenizer.vocabulary),
         max_tokens=tokenizer.max_tokens, attributes=max(1, len(names["attributes"])),
         classes={source: len(names[source]) for source in ("coco", "vg") if names[source]},
         pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask, **more)

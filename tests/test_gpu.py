@@ -109,7 +109,7 @@ def task_case(request, world, tmp_path_factory):
     if task.new_head:
         task.labels = task.choose_labels(index["targets"], index["targets"])
     model = small_model(
-        vocabulary=len(tokenizer), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
+        vocabulary=len(tokenizer.vocabulary), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
         sep=tokenizer.sep, mask=tokenizer.mask, classifier_images=task.images,
         classifier_outputs=len(task.labels), classes={"coco": 80, "vg": 4})
     items = TaskSet(task, index["examples"], tokenizer, short_sides=[64], long_side=96)
