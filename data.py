@@ -543,6 +543,7 @@ def load_or_build_index(data, folder, kind, read, say=print):
         notes = []
         found = read(notes.append)
         unfinished = f"{path}.{os.getpid()}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
         try:
             os.makedirs(unfinished)
             lists = [name for name, value in found.items() if isinstance(value, list)]

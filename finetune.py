@@ -155,9 +155,8 @@ def parse(argv):
     if args.mini:
         mini = dict(epochs=100, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50, clip=1.0,
                     val_every=1e6, output=f"runs/mini-{args.task}")
-        if args.init == "none":  # from nothing the rates of pre-training are the better ones
-            mini.update(lr=1e-3, lr_backbone=1e-3)
-        rates = {} if args.init != "none" else {"lr": 1e-3, "lr_backbone": 1e-3}
+        # From nothing the rates of pre-training are the better ones
+        rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
         parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
     if args.init not in (None, "none"):  # the model is the file's: a flag can only agree with it
         parser.set_defaults(**{flag: None for flag in (*MODEL_FLAGS, "backbone_weights", "vocab")

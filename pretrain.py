@@ -311,8 +311,8 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     while run.progress < 1:
         # The batch, and what its losses are divided by, summed over micro-batches and processes.
         # The first process's clock and a noted signal travel along: all processes must agree.
-        micro_batches = [next(batches) for _ in range(run.accumulation_steps)]
-        normalizers, signal_number = run.agree(objective, micro_batches, signals.number)
+        micro_batches, normalizers, signal_number = run.next_step(objective, batches,
+                                                                  signals.number)
         if signal_number:
             break
 
@@ -358,7 +358,7 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     if signal_number:
         run.save()
         print0(f"stopped at step {run.step} by a signal; go on with --resume {run.last}")
-        return 128 + int(signal_number)
+        return 128 + signal_number
     run.validate(validate)
     run.save(ended=True)
     return 0
@@ -402,8 +402,7 @@ class Run:
         """A new run must not overwrite another; a resumed one drops the log after its checkpoint.
         """
         folder = self.args.output
-        has_log = os.path.exists(self.log_file)
-        if self.state is None and (has_log or os.path.exists(self.last)):
+        if self.state is None and os.path.exists(self.last):
             raise InputError(f"--output {folder}: holds a run; go on with --resume {self.last}, or "
                              "give another folder")
         try:
@@ -411,9 +410,9 @@ class Run:
             with open(os.path.join(folder, "last.pt.tmp"), "w"):  # better now than after hours
                 pass
             os.remove(os.path.join(folder, "last.pt.tmp"))
-            if has_log:
-                size = min(os.path.getsize(self.log_file), self.state["log_size"])
-                os.truncate(self.log_file, size)
+            if os.path.exists(self.log_file):
+                size = 0 if self.state is None else self.state["log_size"]
+                os.truncate(self.log_file, min(os.path.getsize(self.log_file), size))
         except OSError as error:
             raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
 
@@ -481,25 +480,33 @@ class Run:
         minutes = self.args.minutes
         return max(self.step / self.steps, self.seconds / (minutes * 60) if minutes else 0)
 
-    def agree(self, objective, micro_batches, signal_number):
-        """What all processes must know of this step, in one all-reduce: the normalizers, and a
-        signal that one of them has noted.
+    def next_step(self, objective, batches, signal_number):
+        """(the step's micro-batches, the normalizers, the number of a signal that any process has
+        noted). What all processes must know of the step goes through one all-reduce.
         """
+        micro_batches, problem = [], None
+        try:
+            micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
+        except InputError as error:
+            problem = str(error)
         counts = [objective.normalizers(batch) for batch in micro_batches]
         counts = [sum(column) for column in zip(*counts)]
-        for batch in micro_batches:
-            for message in batch["broken"]:
-                tqdm.write(f"{message}; replaced by the next image", file=sys.stderr)
+        counts += [0.0] * (8 - len(counts))  # of the same length where this process has none
+        broken = [message for batch in micro_batches for message in batch["broken"]]
+        for message in broken:
+            tqdm.write(f"{message}; replaced by the next image", file=sys.stderr)
         clock = save_due = 0.0
         if self.rank == 0:
             clock = time.time() - self.started
             save_due = float(time.time() - self.saved > self.args.checkpoint_minutes * 60)
-        *counts, self.seconds, save_due, broken, signal_number = all_sum(
-            [*counts, clock, save_due, sum(len(batch["broken"]) for batch in micro_batches),
-             signal_number / self.world], self.device)
+        *counts, self.seconds, save_due, broken, problems, noted, signal_sum = all_sum(
+            [*counts, clock, save_due, len(broken), problem is not None, signal_number > 0,
+             signal_number], self.device)
+        if problems:
+            raise InputError(next(filter(None, gather(problem))))
         self.save_due = save_due > 0
         self.broken += int(broken)
-        return counts, math.ceil(signal_number)
+        return micro_batches, counts, int(signal_sum / noted) if noted else 0
 
     def log(self, line):
         """Add a dict to log.jsonl."""
@@ -559,11 +566,11 @@ class Run:
         """End the run at the first loss that is not finite, with a checkpoint of before."""
         ids = sum(gather([i for batch in micro_batches for i in batch["ids"]]), [])
         if all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
-            self.save()  # else the last one stays: batch norm's statistics are spoilt already
+            self.save()  # else batch norm's statistics are spoilt, and the former one stays
         values = ", ".join(f"{name} {float(value):.3g}" for name, value in sums.items())
         raise InputError(f"step {self.step}: the loss or its gradient is not finite ({values}); "
-                         f"images: {', '.join(map(str, ids))}; {self.last} is of before: try a "
-                         "lower --lr")
+                         f"images: {', '.join(map(str, ids))}; {self.last}, if it is there, is of "
+                         "before: try a lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -716,9 +723,12 @@ def parse_resumed(parser, argv, fixed, task=""):
     of_stage = bool(state["config"].task) if task is None else state["config"].task == task
     if state.get("optimizer") is None or not of_stage:
         raise InputError(f"--resume {path}: is not a last.pt of this stage and task")
-    parser.set_defaults(**{**state["args"], "output": os.path.dirname(path) or "."})
+    folder = os.path.dirname(path) or "."
+    parser.set_defaults(**{**state["args"], "output": folder})
     args = parser.parse_args(argv)
     args.resume = path
+    if os.path.realpath(args.output) != os.path.realpath(folder):
+        raise InputError(f"--output {args.output}: a resumed run stays in its folder, {folder}")
     for flag in (*fixed, "seed", "batch_size", "weight_decay"):
         if getattr(args, flag) != state["args"].get(flag):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run "
