@@ -247,8 +247,8 @@ def list_folder(folder):
 
 
 def read_coco(data, split, say=print):
-    """COCO 2017 of "train" or "val", without crowd boxes: ({image id: Example}, [category names in
-    the order of their ids], {image id: Flickr's number of the photograph}).
+    """COCO 2017 of "train" or "val", without crowd boxes: ({image id: Example}, [category names by
+    id], {image id: Flickr's number}).
     """
     path = f"{data}/coco/annotations/instances_{split}2017.json"
     folder = f"{data}/coco/{split}2017"
@@ -320,8 +320,7 @@ def known_names(names, number_of):
 
 def read_vg(data, say=print):
     """Visual Genome: ({image id: Example}, {image id: (coco_id, flickr_id)}, object names,
-    attribute names). Its known flaws (boxes outside the image, names outside the 1,600, missing
-    images) are left out and counted. An object with several names has the first known one.
+    attribute names). Its known flaws are left out and counted. The first known name counts.
     """
     folder = f"{data}/vg"
     objects, label_of = read_names(f"{folder}/objects_vocab.txt")
@@ -471,10 +470,9 @@ INDEX_VERSION = 8  # raise it with any change of the readers or of Example
 
 
 class MmapList(Sequence):
-    """A list of Examples in memory-mapped files; an item is decoded when it is asked for.
-
-    As a Python list, 180,000 images with 6 M sentences take gigabytes, and in each loader worker
-    again, because counting references copies the pages that processes share (PyTorch issue 13246).
+    """A list of Examples in memory-mapped files; an item is decoded when it is asked for. As a
+    Python list, 180,000 images with 6 M sentences take gigabytes, and in each loader worker again:
+    counting references copies the pages that processes share (PyTorch issue 13246).
 
     PATH.msgpack has the records, PATH.npy (N, 5) of each where it starts and ends, the height and
     width of its image, and a number that is the same for the same image.

@@ -80,9 +80,8 @@ def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers
 @torch.no_grad()
 def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=False, rank=0,
             world=1, **loading):
-    """What the model says of each example, in their order. Collective: each process does its share,
-    all get all; an answer goes by its example's number, so nothing counts twice. blind: it sees the
-    mean image. loading: of `evaluation_batches`.
+    """What the model says of each example, in their order. Collective: each process does a share,
+    all get all. blind: it sees the mean image. loading: of `evaluation_batches`.
     """
     model.eval()
     task.start(examples, tokenizer)
@@ -121,9 +120,7 @@ class Grounding:
     """
 
     def __init__(self, names, examples=()):
-        """names: {"coco", "vg", "attributes": [...]}, a name with its synonyms after commas.
-        examples show which attributes occur on one object: others can make a phrase false.
-        """
+        """names: a name's synonyms after commas; examples show which attributes go together."""
         self.source = "vg" if names["vg"] else "coco"
         self.labels = [line.split(",") for line in names[self.source]]
         self.attributes = [line.split(",") for line in names["attributes"]] if names["vg"] else []
@@ -177,8 +174,8 @@ class Grounding:
         return any(label == has and set(attributes) <= its for has, its in facts)
 
     def counterfactuals(self, facts, phrase):
-        """For each word of a true phrase (start, end, [other words that make it true], [words that
-        make it false]): names, or attributes never met on one object with this one.
+        """For each word of a true phrase: (start, end, [others that keep it true], [words that make
+        it false]: names, or attributes never met on one object with this one).
         """
         before, (start, end, label, form) = phrase
         attributes = [attribute for _, _, attribute in before]
@@ -301,9 +298,8 @@ def average_precision(examples, results, source):
 @torch.no_grad()
 def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=False, blind=False,
             rank=0, world=1, **loading):
-    """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions; those that have
-    nothing to count are left out. Collective: each process does its share. probes: of
-    `prepare_probes`; loading: of `evaluation_batches`.
+    """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions. Collective: each
+    process does its share. probes: of `prepare_probes`; loading: of `evaluation_batches`.
     """
     model.eval()
     grounding, asked, mean = probes
@@ -553,9 +549,8 @@ class Predictor:
 
 @contextlib.contextmanager
 def record_attention(modules, first=None):
-    """The weights (B, heads, T, S) of these Attention modules, one a call, while the block runs;
-    first: of the first so many queries only. F.scaled_dot_product_attention does not give them
-    away, so they are computed again: softmax(q k^T / sqrt(width of a head)).
+    """The weights (B, heads, T, S) of these Attention modules, of the first so many queries, one a
+    call. F.scaled_dot_product_attention keeps them, so they are computed again.
     """
     weights = []
 
@@ -652,9 +647,7 @@ def draw_curves(folders, path):
 
 
 def draw_attention(path, image, found, kind):
-    """A PNG of `Predictor.attention`: a row for each of kind ("words" or "objects"), a column for
-    each layer; bright is where it looks.
-    """
+    """A PNG of `Predictor.attention`: a row for each word or object, a column for each layer."""
     weights = found["encoder" if kind == "words" else "decoder"]   # (L, n, T + S)
     names = found["words"] if kind == "words" else [thing["label"] for thing in found["objects"]]
     T = len(found["words"])
@@ -671,7 +664,7 @@ def draw_attention(path, image, found, kind):
             ax = axes[row][layer]
             cells = weights[layer, row, T:]
             ax.imshow(image.convert("L"), cmap="gray")
-            ax.imshow(cells.view(H, W), cmap="hot", alpha=0.6, extent=extent,
+            ax.imshow(cells.view(H, W).numpy(), cmap="hot", alpha=0.6, extent=extent,
                       interpolation="bilinear")
             ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
             ax.set_title(f"layer {layer + 1}: {cells.sum():.0%} on the image", fontsize=5)

@@ -50,7 +50,6 @@ class Config:
     """All that is needed to build the model again; it travels inside the checkpoint. The sizes are
     section 4.2's; what the paper leaves open is in the README's table of choices.
     """
-
     backbone: str = "r50"           # one of BACKBONES
     stride: int = 32                # pixels a cell: 32 ends the ResNet at C5 (the paper), 16 at C4
     frozen_batch_norm: bool = True  # with ImageNet weights; an untrained ResNet must not be frozen
@@ -127,8 +126,7 @@ class Backbone(nn.Module):
     """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D
     channels.
 
-    Stride 32 ends at C5 (2048 channels for r50 and deeper). Stride 16 ends at C4, so that an image
-    of 64 x 64 pixels still has 4 x 4 cells.
+    Stride 32 ends at C5. Stride 16 ends at C4: an image of 64 x 64 pixels still has 4 x 4 cells.
     """
 
     def __init__(self, config):

@@ -205,7 +205,7 @@ class Oracle:
         return torch.stack([self.answer(state, 2) for state in states])
 
     def mlm_logits(self, states):
-        return torch.stack([self.answer(state, len(self.tokenizer)) for state in states])
+        return torch.stack([self.answer(state, len(self.tokenizer.vocabulary)) for state in states])
 
     def detect(self, memory):
         B, Q = len(memory.states), 8

@@ -70,7 +70,7 @@ def model_for(task, tokenizer, names):
         outputs = len(task.labels) if task.new_head else 0
         head = dict(task=task.name, classifier_images=task.images, classifier_outputs=outputs)
     return small_model(
-        vocabulary=len(tokenizer), max_tokens=tokenizer.max_tokens, pad=tokenizer.pad,
+        vocabulary=len(tokenizer.vocabulary), max_tokens=tokenizer.max_tokens, pad=tokenizer.pad,
         cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask,
         classes={source: len(names[source]) for source in ("coco", "vg")},
         attributes=len(names["attributes"]), **head)
