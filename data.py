@@ -69,7 +69,7 @@ class Tokenizer:
             raise InputError(f"{source}: not a WordPiece vocabulary like BERT's vocab.txt: "
                              f"{missing} are missing, {double} pieces are there twice")
         self.max_tokens = max_tokens
-        self.pad, self.unk, self.cls, self.sep, self.mask = (ids[piece] for piece in SPECIAL)
+        self.pad, _, self.cls, self.sep, self.mask = (ids[piece] for piece in SPECIAL)
         self.ordinary = [i for piece, i in ids.items() if piece not in SPECIAL]
         self.wordpiece = BertWordPieceTokenizer(ids, lowercase=True)
 
@@ -679,9 +679,9 @@ def decodable(examples, say=print):
     return good
 
 
-def mean_image(files, side=64):
-    """What a blind model sees: a PIL image, the mean of these, each squeezed to side x side."""
-    total = sum(np.array(load_image(file).resize((side, side)), np.float64) for file in files)
+def mean_image(files):
+    """What a blind model sees: a PIL image, the mean of these, each squeezed to 64 x 64."""
+    total = sum(np.array(load_image(file).resize((64, 64)), np.float64) for file in files)
     return Image.fromarray((total / len(files)).round().astype(np.uint8))
 
 

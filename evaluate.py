@@ -427,7 +427,7 @@ class Predictor:
         if ability not in self.can:
             kind = f"fine-tuned for {self.task}" if self.task else "pre-trained"
             raise InputError(f"{self.source}: is {kind}, and cannot {ability}; it can "
-                             f"{', '.join(self.can)}")
+                             f"{', '.join(self.can) or 'be scored (--task)'}")
 
     def open(self, image):
         """An RGB PIL image of what a caller gave. InputError if it cannot be read."""
@@ -682,7 +682,7 @@ def draw_attention(path, image, found, kind):
 def parse(argv):
     parser = argparse.ArgumentParser(
         description="Measure a checkpoint, score a result file, or ask about images of your own.",
-        usage="evaluate.py --checkpoint FILE (--data DIR | --image IMAGE ...)\n"
+        usage="evaluate.py --checkpoint FILE ([--task TASK] --data DIR | --image IMAGE ...)\n"
               "       evaluate.py --task TASK --score FILE --against FILE\n"
               "       evaluate.py --curves RUN [RUN ...] --output DIR",
         formatter_class=HelpFormatter)
@@ -712,7 +712,7 @@ def parse(argv):
     g.add_argument("--find", metavar="SENTENCE", help="the images by how well it fits")
     g.add_argument("--sentence", help="does it belong to the image? Objects are detected with it")
     g.add_argument("--attention", action="store_true",
-                   help="draw to --output where each word of --sentence and each object looks")
+                   help="draw to --output where each word of the sentence and each object looks")
     g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, metavar="P",
                    help="objects: least probability")
     g = parser.add_argument_group("output and model")

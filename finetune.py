@@ -37,7 +37,7 @@ from tasks import TASKS, make_task
 
 
 class TaskSet(Dataset):
-    """Examples of a task. Items are asked for as (epoch, index, draw), see data.Batches.
+    """Examples of a task. Items are asked for as (epoch, index, draw), see pretrain.Batches.
 
     An item is an image (NLVR2: two) with up to K questions about it, or K of its sentences drawn
     anew at each visit, which share one pass of the backbone. With K = 1 an item is an example.
@@ -143,6 +143,7 @@ def parse(argv):
                    help="epochs between two validations")
     g.add_argument("--val-examples", type=number(int, 0), default=0, metavar="N",
                    help="validate on the first ones only; 0: all")
+    parser.set_defaults(epochs=12, output="runs/TASK")
     args = parser.parse_args(argv)
     fixed = (*MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers")
     if not args.task and args.resume and args.resume != "auto":
@@ -266,17 +267,15 @@ def finetune(args, state):
         print0(f"always {majority!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         run.log({"step": 0, "epoch": 0, **{f"majority_{k}": v for k, v in scores.items()}})
 
-    decay = rate_of(args)
-    if args.schedule == "step":
-        def decay(step, progress):
-            warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-            return warm * 0.1 ** sum(step / per_epoch >= epoch for epoch in args.decay)
+    def decay(step, progress):
+        return 0.1 ** sum(step / per_epoch >= epoch for epoch in args.decay)
 
     def validation_due(step):
         return step / per_epoch // args.val_every > (step - 1) / per_epoch // args.val_every
 
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
-    code = train(run, objective, loader, optimizer, LOSS_WEIGHTS, decay, validate, validation_due)
+    code = train(run, objective, loader, optimizer, LOSS_WEIGHTS, rate_of(args, decay), validate,
+                 validation_due)
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: " + ", ".join(f"{k} {v:.3f}" for k, v in best.items()))

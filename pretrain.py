@@ -13,7 +13,7 @@ log); flags; the run.
 needed to use it or to go on), curves.png and sheet.png (held-out images: truth beside answer) at
 each validation. `--mini` is only a set of other defaults, see `MINI`; any flag given explicitly
 wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish the step and write last.pt; `--resume` ends with
-the weights of a run that never stopped.
+the weights of a run that never stopped (with --minutes the clock decides).
 """
 
 import argparse
@@ -111,7 +111,8 @@ def collate(items, pad, stride):
     """Items of PretrainingSet -> a batch: images, sizes, padded (see pad_images), tokens (B, K, T),
     mlm_positions (M,): the masked tokens' places in tokens.flatten(), mlm_labels (M,): what they
     were, captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the image),
-    no_sentence (B,) (True = detection without a sentence), targets: B dicts, see matcher.set_loss.
+    no_sentence (B,) (True = detection without a sentence), targets: B dicts, see matcher.set_loss;
+    ids, broken: names and messages.
 
     For the grid-word loss: object_cells (N,): the cell of the grid that each object's centre lies
     in, counted over the batch; word_pieces (k,), word_objects (k,): the words of each object,
@@ -302,11 +303,11 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     parallel = run.parallel(objective)
     parallel.train()
     batches = iter(loader)
-    signals = NotedSignal()
     signal_number = 0
     if run.ended and run.progress >= 1:
         print0(f"{args.resume}: has ended; more --steps, --epochs or --minutes would go on")
         return 0
+    signals = NotedSignal()
     run.start_clock()
     while run.progress < 1:
         # The batch, and what its losses are divided by, summed over micro-batches and processes.
@@ -580,7 +581,7 @@ class Run:
 # The flags that say what the model is; a resumed run, and a fine-tuning, has its checkpoint's.
 MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers",
                "decoder_layers", "queries", "temperature", "dropout")
-# The miniature world on two cores in 19 minutes: everything smaller, nothing different
+# The miniature world on two cores in 19 minutes: smaller, with a recipe that is faster at first
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
                   feed_forward=256, encoder_layers=3, decoder_layers=3, queries=16,
                   temperature=20.0, dropout=0.0)
@@ -780,16 +781,22 @@ def pretraining_set(args, data, tokenizer):
         named_share=args.mask_named, words=words if args.grid_word_loss else None)
 
 
-def rate_of(args):
-    """What the learning rates are multiplied by, from the step and the share that is done (0 ..
-    1)."""
+def rate_of(args, decay):
+    """What the learning rates are multiplied by: warm-up times cosine, or decay(step, progress).
+    progress: the share of the training that is done, 0 .. 1.
+    """
     def rate(step, progress):
         warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
         if args.schedule == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return warm * (0.1 if progress >= 2 / 3 else 1.0)
+        return warm * decay(step, progress)
 
     return rate
+
+
+def last_third(step, progress):
+    """DETR's decay: the last third of the training at a tenth of the rate."""
+    return 0.1 if progress >= 2 / 3 else 1.0
 
 
 def pretrain(args, state):
@@ -810,7 +817,7 @@ def pretrain(args, state):
         if names != {key: state["names"][key] for key in names}:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of "
                              f"{args.resume}")
-        tokenizer = Tokenizer(state["vocabulary"])
+        tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
         model = build_model(state, args.resume)
     model.to(run.device)
 
@@ -844,8 +851,8 @@ def pretrain(args, state):
                        without=args.without, device=run.device, **size)
         print0(summary(measures, len(val), args.output))
 
-    return train(run, Pretraining(model), loader, optimizer, weights, rate_of(args), validate,
-                 lambda step: args.val_every and step % args.val_every == 0)
+    return train(run, Pretraining(model), loader, optimizer, weights, rate_of(args, last_third),
+                 validate, lambda step: args.val_every and step % args.val_every == 0)
 
 
 def summary(measures, images, folder):

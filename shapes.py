@@ -1,6 +1,6 @@
 """The miniature world: images of coloured shapes and true sentences, in the official formats.
 
-    python shapes.py --output data/mini --seed 1     # about 10,000 images, less than a minute
+    python shapes.py --output data/mini --seed 1     # about 12,000 images, less than a minute
 
 An image has 1 to 6 shapes on a light background. A phrase names a shape's traits in one order and
 may omit some: "small red striped circle", "large star". Every second test image has a HELD_OUT

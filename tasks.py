@@ -144,7 +144,7 @@ class Task:
         return model.classify(grid.select(rows), batch["tokens"]).float()
 
     def losses(self, model, batch, normalizers):
-        """{name: loss}, each divided by its normalizer. batch: of `collate_task`, on the device."""
+        """{name: loss}, each divided by its normalizer. batch: of finetune.collate_task."""
         loss = F.cross_entropy(self.logits(model, batch), batch["targets"], reduction="sum")
         return {f"loss_{self.name}": loss / normalizers[0]}
 

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import tempfile
 
-import pytest
-import torch
-import torchvision
+# One thread a process: the tests run side by side, and some of them fork, which a pool of OpenMP's
+# threads does not survive. Before torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import shapes
-from model import E2EVLP, Config
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
 
+import shapes  # noqa: E402
+from model import E2EVLP, Config  # noqa: E402
+
+torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A run that takes seconds: the preset made smaller still by flags, as any user may
 TINY = """--mini --width 32 --heads 2 --feed-forward 64 --encoder-layers 2 --decoder-layers 2

@@ -127,7 +127,7 @@ MISTAKES = {
         ("micro-batches-of-one-place", "each micro-batch is the first one again",
          "at = (step * self.world + self.rank) * micro_batch", "at = self.rank * micro_batch"),
         ("log-not-cut", "steps that were lost stand twice in the log",
-         "os.truncate(self.log_file, size)", "pass"),
+         "os.truncate(self.log_file, min(os.path.getsize(self.log_file), size))", "pass"),
     ],
     "finetune.py": [
         ("worst-is-best", "best.pt is the first checkpoint, not the best",

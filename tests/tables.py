@@ -1,9 +1,8 @@
-"""The paper's Tables 1 to 7 on the miniature world: train what a table needs, measure, write it
-down.
+"""The paper's Tables 1 to 7 on the miniature world: train what a table needs, measure, write.
 
-    python tests/tables.py --table 3 --mini --seeds 3 --output results        # hours; may be
-    stopped python tests/tables.py --table 3 --mini --rows all "no detection" --seeds 1 --output two
-    python tests/tables.py --table 1 2 --mini --dry-run                       # its commands alone
+    python tests/tables.py --table 3 --mini --seeds 3 --output results   # hours; may be stopped
+    python tests/tables.py --table 3 --mini --rows all "no detection" --seeds 1 --output two
+    python tests/tables.py --table 1 2 --mini --dry-run                  # its commands alone
 
 Each run is a command line of pretrain.py or finetune.py. One that has ended is kept in OUTPUT/runs
 with all of its validations and serves every table that needs it; one that was stopped goes on where

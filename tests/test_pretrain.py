@@ -392,9 +392,10 @@ def args_of(*words):
 
 
 def test_schedules_are_functions_of_step_and_progress():
-    step = pretrain.rate_of(args_of())
+    step = pretrain.rate_of(args_of(), pretrain.last_third)
     assert [step(10**6, progress) for progress in (0, 0.66, 0.67, 1)] == [1, 1, 0.1, 0.1]
-    cosine = pretrain.rate_of(args_of("--schedule", "cosine", "--warmup", "10"))
+    args = args_of("--schedule", "cosine", "--warmup", "10")
+    cosine = pretrain.rate_of(args, pretrain.last_third)
     assert cosine(0, 0.0) == pytest.approx(0.1)  # the first of ten steps of warm-up
     assert cosine(9, 0.0) == pytest.approx(1.0)
     assert cosine(100, 1 / 3) == pytest.approx(0.75)

@@ -40,8 +40,6 @@ def prepare(words, folder):
     script, flags = words[1], words[2:]
     if script == "pretrain.py" and "--resume" not in flags:
         flags += [*SMALL, *([] if "--data" in flags else ["--data", "DIR"])]
-        if os.path.exists(folder / "runs/pretrain"):  # each README command starts a run of its own
-            flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
     elif script == "finetune.py":
         flags += TUNE
         if flags[flags.index("--init") + 1] == "none":
@@ -57,10 +55,7 @@ def prepare(words, folder):
     elif script == "evaluate.py":
         if "--data" in flags:
             flags[flags.index("--data") + 1] = "DIR"
-        flags = [flag.replace("data/mini", "DIR").replace("runs/mini2", "runs/pretrain")
-                 for flag in flags]
-        if "--score" in flags:  # val's answers stand for those of a server's split
-            flags[flags.index("--score") + 1] = "val.json"
+        flags = [flag.replace("data/mini", "DIR") for flag in flags]
     return [script, *flags], launch
 
 
@@ -74,11 +69,6 @@ def test_every_command_runs(world, tmp_path):
     for words in found:
         if "pytest" in words:
             continue
-        if "--score" in words:
-            made = run_command("evaluate.py", "--task", "vqa", "--checkpoint",
-                               "runs/mini-vqa/best.pt", "--data", "DIR", "--submit", "val.json",
-                               cwd=tmp_path)
-            assert made.returncode == 0, made.stderr[-2000:]
         if "runs/mini-nlvr2/best.pt" in words:  # vqa stands for the miniature's five fine-tunings
             made = run_command("finetune.py", "--task", "nlvr2", "--mini", "--init",
                                "runs/mini/last.pt", "--data", "DIR", *TUNE, cwd=tmp_path)
