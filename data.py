@@ -770,7 +770,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def init_processes(device, timeout=30.0):
     """Join torchrun's processes, if there are any: (rank, number of processes, this one's device).
-
     timeout: minutes that one process may keep the others waiting, the first reading of the data
     included; then torch ends them. Without torchrun the rank is 0 of 1, no collective is called.
     """

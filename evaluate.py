@@ -116,7 +116,6 @@ class Grounding:
 
     An object phrase is a name of the label sets with the attribute words right before it ("small
     red circle"). It is true if one annotated object has that name and all of these attributes.
-    Nothing else is parsed, so a sentence may have other faults.
     """
 
     def __init__(self, names, examples=()):
@@ -430,7 +429,7 @@ class Predictor:
                              f"{', '.join(self.can) or 'be scored (--task)'}")
 
     def open(self, image):
-        """An RGB PIL image of what a caller gave. InputError if it cannot be read."""
+        """An RGB PIL image of what a caller gave."""
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
@@ -549,8 +548,8 @@ class Predictor:
 
 @contextlib.contextmanager
 def record_attention(modules, first=None):
-    """The weights (B, heads, T, S) of these Attention modules, of the first so many queries, one a
-    call. F.scaled_dot_product_attention keeps them, so they are computed again.
+    """The weights (B, heads, T, S) of these modules, of the first so many queries, one a call:
+    computed again, because F.scaled_dot_product_attention keeps them to itself.
     """
     weights = []
 
@@ -731,7 +730,7 @@ def parse(argv):
         raise InputError("give --checkpoint and --data (measures) or --image (your own); or "
                          "--task, --score and --against; or --curves")
     asked = [flag for flag in ("question", "statement", "find", "sentence") if getattr(args, flag)]
-    if len(asked) > 1 or asked and not args.image:
+    if len(asked) > bool(args.image):
         raise InputError(f"--{asked[0]}: goes with --image, and alone")
     if (args.curves or args.attention) and not args.output:
         raise InputError("give --output, a folder for the drawings")
@@ -794,8 +793,7 @@ def run_data(args):
 
 def image_files(paths):
     """The files of --image; of a folder those whose ending is an image's."""
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-    files = []
+    files, endings = [], (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
     for path in paths:
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else None
         files += [path] if inside is None else [os.path.join(path, name) for name in inside
