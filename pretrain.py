@@ -465,8 +465,9 @@ class Run:
         """
         if self.world == 1:
             return objective
-        return DistributedDataParallel(objective, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)
+        parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        parallel.broadcast_buffers = False
+        return parallel
 
     def start_clock(self):
         self.started = time.time() - self.seconds
