@@ -275,6 +275,7 @@ def test_a_blind_model_is_asked_the_same_but_sees_the_mean_image(val, words, mon
     shown, asked = [], []
 
     def note_image(images, sizes, padded):
+        assert not any(module.training for module in model.modules())
         shown.append([image[:, :h, :w] for image, (h, w) in zip(images, sizes.tolist())])
         return encode_image(images, sizes, padded)
 
@@ -285,6 +286,7 @@ def test_a_blind_model_is_asked_the_same_but_sees_the_mean_image(val, words, mon
     monkeypatch.setattr(model, "encode_image", note_image)
     monkeypatch.setattr(model, "encode", note_tokens)
     probes = prepare_probes(*words, val)
+    model.train()  # as training leaves it: measures are without dropout
     measure_with_blind(model, *words, val, probes, **SIZE)
     seen, blind = shown
     expected = [to_pixels(probes[2].resize(example.size[::-1]), **SIZE) for example in val]
