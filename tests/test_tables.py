@@ -117,7 +117,7 @@ def test_a_table_is_made_and_its_runs_kept(world, tmp_path, started, capsys):
     text = readme.read_text()
     assert text.startswith("before\n<!-- table 7 -->\n|  | AP | AP50 | paper: AP | paper: AP50 |\n")
     assert text.endswith("\n<!-- end -->\nafter\n") and "commit abc" in text and "old" not in text
-    assert not glob.glob(f"{tmp_path}/work/detection*/*.pt")  # nothing starts from them
+    assert not list((tmp_path / "work").glob("detection*/*.pt"))  # nothing starts from them
 
     # Again: nothing is run. With another budget they are other runs, here and in --work.
     started.clear()
