@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import box_convert
 
 NO_OBJECT_WEIGHT = 0.1
 # The weights of the named losses in L_v (DETR's; the attributes' is ours). `hungarian_match` weighs
@@ -41,12 +42,6 @@ def to_device(value, device):
     return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
-def box_cxcywh_to_xyxy(boxes):
-    """(..., 4) centre and size -> corners."""
-    cx, cy, w, h = boxes.unbind(-1)
-    return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1)
-
-
 def box_in_fractions(box, width, height):
     """x, y, w, h in pixels -> cx, cy, w, h as fractions, clipped; None if nothing is inside."""
     x0, y0, w, h = box
@@ -60,9 +55,7 @@ def box_in_fractions(box, width, height):
 def boxes_in_pixels(boxes, size):
     """(n, 4) cxcywh fractions, (height, width) -> x, y, w, h in pixels, as COCO's files have."""
     height, width = size
-    cx, cy, w, h = boxes.unbind(-1)
-    scale = boxes.new_tensor([width, height, width, height])
-    return torch.stack([cx - w / 2, cy - h / 2, w, h], dim=-1) * scale
+    return box_convert(boxes, "cxcywh", "xywh") * boxes.new_tensor([width, height, width, height])
 
 
 def generalized_box_iou(a, b):
@@ -123,8 +116,9 @@ def hungarian_match(logits, boxes, targets):
     probability = full_precision(logits).softmax(-1)
     cost_class = -probability.gather(3, labels[None, :, None].expand(L, B, Q, most))  # (L, B, Q, n)
     cost_bbox = torch.cdist(boxes.flatten(0, 1), target_boxes.repeat(L, 1, 1), p=1)
-    cost_giou = -generalized_box_iou(box_cxcywh_to_xyxy(boxes)[..., None, :],
-                                     box_cxcywh_to_xyxy(target_boxes)[None, :, None])
+    corners = box_convert(boxes, "cxcywh", "xyxy")[..., None, :]              # (L, B, Q, 1, 4)
+    target_corners = box_convert(target_boxes, "cxcywh", "xyxy")[:, None]     # (B, 1, n, 4)
+    cost_giou = -generalized_box_iou(corners, target_corners)                 # (L, B, Q, n)
     cost = (LOSS_WEIGHTS["loss_class"] * cost_class
             + LOSS_WEIGHTS["loss_bbox"] * cost_bbox.view(L, B, Q, most)
             + LOSS_WEIGHTS["loss_giou"] * cost_giou)
@@ -234,7 +228,8 @@ def set_loss(outputs, targets, normalizers=None):
         # one's of the same proportion; GIoU does not depend on scale (DETR, section 3.1).
         matched = boxes[layer, images[image], query]
         target_boxes = torch.cat([target["boxes"] for target in of_source])[row].to(boxes.dtype)
-        giou = generalized_box_iou(box_cxcywh_to_xyxy(matched), box_cxcywh_to_xyxy(target_boxes))
+        giou = generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"),
+                                   box_convert(target_boxes, "cxcywh", "xyxy"))
         loss_bbox = loss_bbox + F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes
         loss_giou = loss_giou + (1 - giou).sum() / num_boxes
 
