@@ -7,8 +7,10 @@ is resized.
 """
 
 import argparse
+import csv
 import glob
 import hashlib
+import io
 import math
 import multiprocessing
 import os
@@ -17,9 +19,10 @@ import shutil
 import signal
 import sys
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -27,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from msgspec import Meta, Struct
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 
@@ -83,6 +86,12 @@ class Tokenizer:
         fit = self.max_tokens - 2
         return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
 
+    def is_too_long(self, sentence):
+        """Whether `encode` cuts its end off."""
+        fit = self.max_tokens - 2  # a piece has a character at least
+        return len(sentence) > fit and len(self.wordpiece.encode(
+            sentence, add_special_tokens=False).ids) > fit
+
     def decode(self, tokens):
         """Ids -> text, without special pieces. WordPiece parts "man's" and "t-shirt" at each sign;
         they are joined again, or a caption's words would differ from its references'.
@@ -120,7 +129,7 @@ class Category(Struct):
     name: str
 
 class CocoInstances(Struct):
-    """coco/annotations/instances_*.json"""
+    """coco/annotations/instances_*.json, or boxes of one's own in this format"""
     images: list[CocoImage]
     annotations: list[CocoObject]
     categories: list[Category]
@@ -183,6 +192,13 @@ class Karpathy(Struct):
     images: list[KarpathyImage]
 
 
+class Pair(Struct):
+    """A row of a file of images with captions of one's own; image: its path below their folder."""
+    image: str
+    caption: str
+    split: Literal["train", "val", "test", ""] = ""
+
+
 class Objects(Struct):
     """An image's objects: boxes cxcywh as fractions, labels, attributes of Visual Genome."""
     boxes: list[Box]
@@ -195,6 +211,7 @@ class Example(Struct):
     id: int | str                        # what the official result files, or messages, call it
     files: list[str] = []
     size: tuple[int, int] | None = None  # (height, width) of its image; of two, see `frame`
+    upright: bool = True                 # whether a camera's rotation (EXIF) is applied
     text: str = ""                       # the question or statement about it
     target: int | str | None = None      # the right answer; VQA: most people's; None: unknown
     answers: list[str] = []              # VQA: what ten people said
@@ -208,7 +225,7 @@ class Example(Struct):
 def read_text(path, purpose):
     """A text file. InputError names the file and what it is needed for."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin with a byte order mark
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)
@@ -246,59 +263,166 @@ def list_folder(folder):
                          "tree)") from None
 
 
-def read_coco(data, split, say=print):
-    """COCO 2017 of "train" or "val", without crowd boxes: ({image id: Example}, [category names by
-    id], {image id: Flickr's number}).
+def say_left_out(path, counts, say):
+    """counts: {what: how many}."""
+    for what, number in counts.items():
+        if number:
+            say(f"{path}: left out {number} {what}")
+
+
+def file_finder(folder):
+    """A function from the name in a record to the image's path in a folder, or None: the path as
+    the record has it; if that is not there its last part, if only one file is called so.
     """
-    path = f"{data}/coco/annotations/instances_{split}2017.json"
-    folder = f"{data}/coco/{split}2017"
-    instances = read_json(path, CocoInstances, "detection on COCO")
-    on_disk = list_folder(folder)
-    examples, photographs, missing = {}, {}, []
-    for image in instances.images:
-        name = os.path.basename(safe_name(image.file_name, path))
+    paths = {}
+    alike = defaultdict(list)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            paths[os.path.relpath(path, folder)] = path
+            alike[name].append(path)
+    if not paths:
+        raise InputError(f"{folder}: no such folder, or nothing in it; unpack the images there")
+
+    def find(name):
+        others = alike[os.path.basename(name)]
+        return paths.get(os.path.normpath(name)) or (others[0] if len(others) == 1 else None)
+
+    return find
+
+
+def read_coco(path, folder, names=None, complete=False, say=print):
+    """A file of boxes in COCO's format, without crowd regions: ({image id: Example}, the
+    categories' names, by id, {image id: Flickr's number}).
+
+    folder: of the images; names: labels are numbers of these names, by default of the file's own;
+    complete: an image that is not there is an error (a score needs all), else left out.
+    """
+    instances = read_json(path, CocoInstances, "detection")
+    find = file_finder(folder)
+    left_out = Counter()
+    examples, photographs = {}, {}
+    other_size = []
+    file_names = {}
+    for image in tqdm(instances.images, "image sizes", disable=None, leave=False):
+        if file_names.setdefault(image.id, image.file_name) != image.file_name:
+            raise InputError(f"{path}: image id {image.id} stands for {file_names[image.id]} and "
+                             f"for {image.file_name}; give each image a number of its own")
+        file = find(safe_name(image.file_name, path))
+        if file is None:
+            if complete:
+                raise InputError(f"{folder}/{image.file_name}: is not there, but in {path}; a "
+                                 "score needs all images")
+            left_out[f"images that are not in {folder}"] += 1
+            continue
+        # Boxes are for the pixels as stored, or for the image as a camera's rotation (EXIF) turns
+        # it: the record's size tells which.
+        size = image.height, image.width
+        stored, turned = size_of(file)
+        if size != stored and size != turned and stored is not None:
+            other_size.append(f"{file} has {stored[1]} x {stored[0]} pixels, its record "
+                              f"{image.width} x {image.height}")
+        examples[image.id] = Example(image.id, [file], size, upright=size != stored,
+                                     coco=Objects([], []))
         photograph = re.search(r"/(\d{1,18})_[^/]*$", image.flickr_url)
         if photograph:
             photographs[image.id] = int(photograph[1])
-        if name in on_disk:
-            size = image.height, image.width
-            examples[image.id] = Example(image.id, [f"{folder}/{name}"], size, coco=Objects([], []))
-        else:
-            missing.append(image.id)
-    if missing:
-        say(f"{folder}: {len(missing)} images of {path} are not there, the first is {missing[0]}; "
-            "left out")
+    if other_size:
+        raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
+                         f"files, so boxes would be wrong; the first: {other_size[0]}")
     if not examples:
         raise InputError(f"{folder}: holds none of the images of {path}; unpack them there")
 
-    categories = sorted(instances.categories, key=lambda category: category.id)
-    label_of = {category.id: label for label, category in enumerate(categories)}
-    known = {image.id for image in instances.images}
-    outside = 0
+    categories = {c.id: c.name for c in sorted(instances.categories, key=lambda c: c.id)}
+    names = names or list(categories.values())
+    double = [name for name, n in Counter(categories.values()).items() if n > 1]
+    unknown = [name for name in categories.values() if name not in names]
+    if double or unknown:
+        raise InputError(f"{path}: the category {(double or unknown)[0]!r} is there twice, or not "
+                         f"in the training file, which has {', '.join(names)[:500]}")
+    label_of = {number: names.index(name) for number, name in categories.items()}
     for annotation in instances.annotations:
-        if annotation.image_id not in known or annotation.category_id not in label_of:
+        if annotation.image_id not in file_names or annotation.category_id not in label_of:
             raise InputError(f"{path}: annotation {annotation.id}: unknown image_id "
                              f"{annotation.image_id} or category_id {annotation.category_id}")
         example = examples.get(annotation.image_id)
-        if example is None or annotation.iscrowd:
+        if example is None:
             continue
         height, width = example.size
         box = box_in_fractions(annotation.bbox, width, height)
-        if box is None:
-            outside += 1
+        if annotation.iscrowd:
+            left_out["crowd regions (iscrowd is 1)"] += 1
+        elif box is None:
+            left_out["boxes without area or outside of their image"] += 1
         else:
             example.coco.boxes.append(box)
             example.coco.labels.append(label_of[annotation.category_id])
-    if outside:
-        say(f"{path}: left out {outside} boxes without area or outside of their image")
+    say_left_out(path, left_out, say)
+    if not any(example.coco.boxes for example in examples.values()):
+        raise InputError(f"{path}: no box is left of {len(instances.annotations)} annotations and "
+                         f"{len(categories)} categories; detection needs some")
+    return examples, names, photographs
 
-    path = f"{data}/coco/annotations/captions_{split}2017.json"
-    for caption in read_json(path, CocoCaptions, "COCO's captions").annotations:
+
+def add_captions(examples, path):
+    """COCO's captions of these images, {image id: Example}."""
+    for caption in read_json(path, CocoCaptions, "captions").annotations:
         if caption.image_id in examples and caption.caption.strip():
             examples[caption.image_id].sentences.append(caption.caption.strip())
     for example in examples.values():
         example.captions = len(example.sentences)
-    return examples, [category.name for category in categories], photographs
+
+
+def read_official_coco(data, split, names=None, say=print):
+    """`read_coco` of COCO 2017's "train" or "val", with captions."""
+    folder = f"{data}/coco/annotations"
+    found = read_coco(f"{folder}/instances_{split}2017.json", f"{data}/coco/{split}2017", names,
+                      say=say)
+    add_captions(found[0], f"{folder}/captions_{split}2017.json")
+    return found
+
+
+def read_pairs(path, folder, split, say=print):
+    """Images with captions of one's own, those of "train", "val" or "test": [Example]; an image's
+    name is its id. A CSV file with the header image,caption[,split], or JSON lines of the same
+    words. Without a split one in ten images is of val, chosen by a hash of its name.
+    """
+    text = read_text(path, "images with captions")
+    pairs = []
+    try:
+        if path.endswith(".jsonl"):
+            rows = (msgspec.json.decode(line) for line in text.split("\n") if line.strip())
+        else:
+            rows = csv.DictReader(io.StringIO(text), strict=True, restval="")
+        for row in rows:
+            pairs.append(msgspec.convert(row, Pair))
+    except (csv.Error, msgspec.MsgspecError) as error:
+        raise InputError(f"{path}: after {len(pairs)} rows: {error}; a row has image, caption and "
+                         "perhaps split (train, val or test), in CSV as its first line says"
+                         ) from None
+    find = file_finder(folder)
+    left_out = Counter()
+    examples = {}
+    for pair in pairs:
+        name = safe_name(pair.image, path)
+        by_hash = hashlib.sha256(name.encode()).digest()[0] % 10 == 0
+        if split != (pair.split or ("val" if by_hash else "train")):
+            continue
+        file = find(name)
+        if file is None and split != "train":
+            raise InputError(f"{folder}/{name}: is not there, but in {path}; a score needs all")
+        if file is None:
+            left_out[f"pairs whose image is not in {folder}"] += 1
+        elif not pair.caption.strip():
+            left_out["pairs with an empty caption"] += 1
+        else:
+            example = examples.setdefault(name, Example(name, [file]))
+            example.sentences.append(pair.caption.strip())
+            example.captions += 1
+    say_left_out(path, left_out, say)
+    if not examples:
+        raise InputError(f"{path}: no pair of {split!r} is left of {len(pairs)} rows")
+    return list(examples.values())
 
 
 def read_names(path):
@@ -328,17 +452,17 @@ def read_vg(data, say=print):
     on_disk = {name: f"{folder}/{part}/{name}" for part in ("VG_100K", "VG_100K_2")
                if os.path.isdir(f"{folder}/{part}") for name in list_folder(f"{folder}/{part}")}
 
-    examples, links, missing = {}, {}, 0
+    examples, links = {}, {}
+    left_out = Counter()
     for image in read_json(f"{folder}/image_data.json", list[VGImage], "Visual Genome"):
         file = on_disk.get(f"{image.image_id}.jpg")
         if file is None:
-            missing += 1
+            left_out["images of image_data.json, which are not there"] += 1
             continue
-        examples[image.image_id] = Example(f"vg {image.image_id}", [file],
-                                           (image.height, image.width), vg=Objects([], []))
+        examples[image.image_id] = Example(
+            f"vg {image.image_id}", [file], (image.height, image.width), upright=False,
+            vg=Objects([], []))
         links[image.image_id] = image.coco_id, image.flickr_id
-    if missing:
-        say(f"{folder}: {missing} images of image_data.json are not there; left out")
     if not examples:
         raise InputError(f"{folder}: VG_100K and VG_100K_2 hold no image of image_data.json")
 
@@ -348,7 +472,7 @@ def read_vg(data, say=print):
             numbers = known_names(thing.attributes, attribute_of)
             attributes_of[thing.object_id] = sorted(set(numbers))
 
-    outside = unknown = 0
+    without_record = 0
     for record in read_json(f"{folder}/objects.json", list[VGObjects], "Visual Genome's boxes"):
         example = examples.get(record.image_id)
         for thing in record.objects if example else ():
@@ -356,18 +480,18 @@ def read_vg(data, say=print):
             height, width = example.size
             box = box_in_fractions((thing.x, thing.y, thing.w, thing.h), width, height)
             if box is None:
-                outside += 1
+                left_out["boxes without area or outside of their image"] += 1
             elif not labels:
-                unknown += 1
+                left_out["boxes whose name is not in objects_vocab.txt"] += 1
             else:
+                without_record += thing.object_id not in attributes_of
                 example.vg.boxes.append(box)
                 example.vg.labels.append(labels[0])
                 example.vg.attributes.append(attributes_of.get(thing.object_id, []))
-    if outside or unknown:
-        say(f"{folder}/objects.json: left out {outside} boxes without area or outside, {unknown} "
-            "whose name is not in objects_vocab.txt")
+    if without_record:
+        say(f"{folder}/attributes.json: has no record of {without_record} objects, which have no "
+            "attribute then")
 
-    left_out = 0
     path = f"{folder}/region_descriptions.json"
     for record in read_json(path, list[VGRegions], "Visual Genome's sentences"):
         example = examples.get(record.id)
@@ -376,13 +500,11 @@ def read_vg(data, say=print):
             phrase = region.phrase.strip()
             key = phrase.lower(), region.x, region.y, region.width, region.height
             if key in known or not re.search("[a-z]", phrase.lower()):
-                left_out += 1
+                left_out["sentences without a Latin letter, or twice with the same box"] += 1
             else:
                 example.sentences.append(phrase)
             known.add(key)
-    if left_out:
-        say(f"{path}: left out {left_out} sentences that stand there twice with the same box or "
-            "have no Latin letter")
+    say_left_out(folder, left_out, say)
     return examples, links, objects, attributes
 
 
@@ -422,11 +544,8 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     train, val, vg_only = {}, {}, []
     leaking = 0
     if "coco" in sets:
-        train, names["coco"], photographs = read_coco(data, "train", say)
-        val, val_names, _ = read_coco(data, "val", say)
-        if val_names != names["coco"]:
-            raise InputError(f"{data}/coco/annotations: instances_train2017.json has different "
-                             "categories than instances_val2017.json; are both of one release?")
+        train, names["coco"], photographs = read_official_coco(data, "train", say=say)
+        val, _, _ = read_official_coco(data, "val", names["coco"], say=say)
         for number in list(train):
             if number in coco_out or photographs.get(number) in flickr_out:
                 coco_out.add(number)  # Visual Genome may know it by this number alone
@@ -466,7 +585,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
 # --------------------------------------------------------------------------------------------------
 # The index: what the readers made, in files that all processes map
 
-INDEX_VERSION = 8  # raise it with any change of the readers or of Example
+INDEX_VERSION = 9  # raise it with any change of the readers or of Example
 
 
 class MmapList(Sequence):
@@ -508,7 +627,7 @@ class MmapList(Sequence):
                 example.files = [os.path.abspath(name) for name in example.files]
                 key = tuple(example.files)
                 if key not in known:
-                    size = example.size or frame([size_of(name) for name in key])
+                    size = example.size or frame([size_of(name)[1] or (1, 1) for name in key])
                     known[key] = len(known), size
                 number_, example.size = known[key]
                 start = file.tell()
@@ -517,21 +636,23 @@ class MmapList(Sequence):
         np.save(f"{path}.npy", np.array(rows, np.int64).reshape(-1, 5))
 
 
-def load_or_build_index(data, folder, kind, read, say=print):
+def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     """The dict that read(say) returns, its lists of Examples as MmapLists, from an index.
 
-    folder: where indexes lie, DATA/.index by default; kind: a word for it. If the size or time of
-    an official file or image folder changes, the index is built anew, by each host's first process,
-    while the others wait. What `read` says is kept and said again each time.
+    folder: where indexes lie, DATA/.index by default; kind: a word for it; sources: the files and
+    folders that `read` reads, by default the official ones. If the size or time of one changes, the
+    index is built anew, by each host's first process, while the others wait. What `read` says is
+    kept and said again each time.
     """
     if not os.path.isdir(data):
         raise InputError(f"--data {data}: no such folder; see the README's data tree")
     folder = folder or f"{data}/.index"
-    state = [INDEX_VERSION, os.path.abspath(data)]
     root = glob.escape(data)
-    for path in sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*")):
-        status = os.stat(path)
-        if os.path.dirname(path) != folder.rstrip("/"):  # an index in the data folder is no source
+    official = sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*"))
+    state = [INDEX_VERSION, os.path.abspath(data)]
+    for path in sources or official:
+        if os.path.exists(path) and os.path.dirname(path) != folder.rstrip("/"):
+            status = os.stat(path)
             state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
 
@@ -567,11 +688,62 @@ def load_or_build_index(data, folder, kind, read, say=print):
     return {**about["plain"], **{name: MmapList(f"{path}/{name}") for name in about["lists"]}}
 
 
-def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print):
-    """`read_pretraining` by the index."""
-    kind = "-".join(["pretraining", *sorted(sets)])
-    return load_or_build_index(data, folder, kind,
-                               lambda say: read_pretraining(data, sets, say), say)
+def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print, pairs=None,
+                      pairs_images=None):
+    """`read_pretraining` by the index; or, with pairs and pairs_images, `read_pairs`."""
+    if pairs is None:
+        kind = "-".join(["pretraining", *sorted(sets)])
+        return load_or_build_index(data, folder, kind,
+                                   lambda say: read_pretraining(data, sets, say), say)
+
+    def read(say):
+        train, val = (read_pairs(pairs, pairs_images, split, say) for split in ("train", "val"))
+        return {"train": train, "val": val, "names": {"coco": [], "vg": [], "attributes": []},
+                "sentences": sum(len(example.sentences) for example in train)}
+
+    return load_or_build_index(os.path.dirname(pairs) or ".", folder, "pretraining-pairs", read,
+                               say, sources=(pairs, pairs_images))
+
+
+def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
+    """Say what there is to train on or to measure on. kind: what to call it; names: of the classes,
+    {"coco", "vg": [...]}; queries: of the detector. Returns the mean number of objects in an image.
+    """
+    files = set()
+    boxes = {"coco": Counter(), "vg": Counter()}  # label -> how many
+    in_image = []
+    sentences = cut_off = 0
+    for example in examples:
+        files.update(example.files)
+        for source, counts in boxes.items():
+            objects = getattr(example, source)
+            if objects is not None:
+                counts.update(objects.labels)
+                in_image.append(len(objects.labels))
+        for sentence in filter(None, [example.text, *example.sentences]):
+            sentences += 1
+            cut_off += tokenizer is not None and tokenizer.is_too_long(sentence)
+
+    say(f"{kind}: {len(files):,} images, {sentences:,} sentences, {sum(in_image):,} boxes")
+    if cut_off:
+        say(f"  {cut_off:,} sentences have more than {tokenizer.max_tokens - 2} word pieces; what "
+            "comes after those is cut off")
+    for source, counts in boxes.items():
+        if counts:
+            most, most_boxes = counts.most_common()[0]
+            fewest, fewest_boxes = counts.most_common()[-1]
+            without = [name for label, name in enumerate(names[source]) if label not in counts]
+            say(f"  {len(names[source]):,} classes; boxes a class: from {fewest_boxes:,} "
+                f"({names[source][fewest]}) to {most_boxes:,} ({names[source][most]})"
+                + (f"; none of {', '.join(without[:10])}" if without else ""))
+    if in_image:
+        say(f"  boxes an image: {np.mean(in_image):.1f} in the mean, {max(in_image)} at most; "
+            f"{in_image.count(0):,} images have none")
+    lost = [n - queries for n in in_image if queries and n > queries]
+    if lost:
+        say(f"  {len(lost):,} images have more objects than there are queries ({queries}): "
+            f"{sum(lost):,} objects can never be found; --queries sets more")
+    return float(np.mean(in_image)) if in_image else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,19 +756,25 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def load_image(file, short=None, long=None, upright=False):
-    """An RGB image, pixels as stored: COCO's boxes are for those, so an EXIF rotation is only
-    applied if `upright`. 16 bits become 8, transparent areas white; of a moving image the first
+def load_image(file, short=None, long=None, upright=True):
+    """An RGB image; upright: a camera's rotation (EXIF) is applied, else pixels are as stored (COCO
+    counts its boxes so). 16 bits become 8, transparent areas white; of a moving image the first
     frame counts. Raises whatever Pillow does: OSError, ValueError, DecompressionBombError ...
 
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2,
     1/4 or 1/8 of its size, which leaves out most of the work.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"is none of {', '.join(FORMATS)}") from None
+    with image:
         if short is not None and image.format == "JPEG":
             height, width = resized(image.height, image.width, short, long)
             image.draft(None, (width, height))
-        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def to_rgb(image):
@@ -609,19 +787,20 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_images(files_of, index, total, short, long):
+def load_images(example_of, index, total, short, long):
     """The images of item `index`, or of the next item whose images decode: (images, its index,
-    messages about those that do not).
+    messages about those that do not). example_of(index): an item's Example.
 
     One broken image among 180,000 is not the end; 20 in a row are: then InputError names the first.
     """
     broken = {}  # files -> message
     for at in range(index, index + total):
-        files = tuple(files_of(at % total))
+        example = example_of(at % total)
+        files = tuple(example.files)
         if files in broken:  # the next questions are often about the same image
             continue
         try:
-            images = [load_image(file, short, long) for file in files]
+            images = [load_image(file, short, long, example.upright) for file in files]
             return images, at % total, list(broken.values())
         except Exception as error:  # Pillow raises many kinds
             broken[files] = f"{' or '.join(files)}: {error}"
@@ -633,14 +812,18 @@ def load_images(files_of, index, total, short, long):
 
 
 def size_of(file):
-    """(height, width) of an image by its header alone. InputError if it is not there."""
+    """((height, width) as stored, the same as a camera's rotation (EXIF) turns it) of an image, by
+    its header alone; (None, None) if it has none: its use will find out, and name it.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return image.height, image.width
+            stored = image.height, image.width
+            quarter_turn = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return stored, stored[::-1] if quarter_turn else stored
     except FileNotFoundError:
         raise InputError(f"{file}: not there; unpack the images there") from None
-    except Exception:  # its use will find out, and name it
-        return 1, 1
+    except Exception:  # Pillow raises many kinds
+        return None, None
 
 
 def frame(sizes):
@@ -877,21 +1060,43 @@ def command(script, work):
 # The command: what is there for pre-training
 
 
+def add_source_flags(parser):
+    """What all commands have that read data: where it lies."""
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="data", metavar="DIR", help="folder with the official files")
+    g.add_argument("--index", metavar="DIR",
+                   help="the data's index (default: .index beside the data)")
+    g.add_argument("--pairs", metavar="FILE",
+                   help="images with captions of your own, .csv or .jsonl: image, caption[, split]")
+    g.add_argument("--images", metavar="DIR", dest="pairs_images", help="the images of --pairs")
+    for split in ("train", "val"):
+        g.add_argument(f"--{split}-annotations", metavar="FILE",
+                       help="boxes of your own in COCO's format")
+        g.add_argument(f"--{split}-images", metavar="DIR", help="their images")
+    return g
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="Say what a data folder has for pre-training, and what was left out and why.",
+        description="Say what there is to train on, and what was left out and why.",
         formatter_class=HelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of the official files")
-    parser.add_argument("--index", help="folder of the index (default: DATA/.index)")
+    add_source_flags(parser)
 
     def work():
         args = parser.parse_args(argv)
+        names = None
+        for split in ("train", "val"):
+            path = getattr(args, f"{split}_annotations")
+            if path:
+                examples, names, _ = read_coco(path, getattr(args, f"{split}_images"), names)
+                describe(split, examples.values(), {"coco": names})
+        if names:
+            return
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
-        data = pretraining_index(args.data, sets, args.index)
-        boxes = sum(len(objects.boxes) for example in data["train"]
-                    for objects in (example.coco, example.vg) if objects)
-        print(f"{len(data['train']):,} images with {data['sentences']:,} sentences and {boxes:,} "
-              f"boxes to pre-train on, {len(data['val']):,} images held out")
+        data = pretraining_index(args.data, sets, args.index, pairs=args.pairs,
+                                 pairs_images=args.pairs_images)
+        for split in ("train", "val"):
+            describe(split, data[split], data["names"])
 
     return command("data.py", work)
 
