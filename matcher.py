@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert
 
-NO_OBJECT_WEIGHT = 0.1
+NO_OBJECT_WEIGHT = 0.1  # DETR's, see `no_object_weight`
 # The weights of the named losses in L_v (DETR's; the attributes' is ours). `hungarian_match` weighs
 # its costs by the same numbers, whatever --loss-weights says.
 LOSS_WEIGHTS = {"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_attribute": 1.0}
@@ -151,7 +151,18 @@ def detection_target(source, objects, attributes=0):
     return target
 
 
-def loss_normalizers(targets, queries):
+def no_object_weight(mean_objects, queries):
+    """The weight of "no object" in the class loss with which objects and no-objects count alike.
+
+    Of Q queries n have a partner and Q - n have none, so n / (Q - n). DETR's 0.1 is about that for
+    COCO: 7.3 objects and 100 queries, 0.08. Where it is too small, two queries that see the same
+    object both say so: they cannot be told apart, half of the time each is the matched one, and
+    probability 1 / (1 + weight) is then the best answer for both.
+    """
+    return mean_objects / max(1.0, queries - mean_objects)
+
+
+def loss_normalizers(targets, queries, no_object=NO_OBJECT_WEIGHT):
     """What the set loss is divided by, three numbers: boxes; the sum of the class weights in one
     layer; boxes that have attributes.
 
@@ -164,19 +175,20 @@ def loss_normalizers(targets, queries):
         n = len(target["labels"])
         matched = min(n, queries)
         boxes += n
-        class_weight += matched + NO_OBJECT_WEIGHT * (queries - matched)
+        class_weight += matched + no_object * (queries - matched)
         if "attributes" in target:
             with_attributes += float((target["attributes"].sum(-1) > 0).sum())
     return [boxes, class_weight, with_attributes]
 
 
-def set_loss(outputs, targets, normalizers=None):
+def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
     """L_v: the losses of matched pairs, and of "no object" for the rest, summed over the layers.
 
     outputs: logits {source: (L, B, Q, C + 1)}, boxes (L, B, Q, 4), attributes (L, B, Q, A) logits.
     targets: B dicts: source "coco" or "vg" (which class head this image trains), labels (n,), boxes
     (n, 4), and for Visual Genome attributes (n, A), ones and zeros. normalizers: those of
-    `loss_normalizers`, summed over all processes and micro-batches.
+    `loss_normalizers`, summed over all processes and micro-batches. no_object: the weight of "no
+    object" among the classes.
 
     Returns {"loss_class", "loss_bbox", "loss_giou", "loss_attribute"}: scalars, normalised, not yet
     weighted by LOSS_WEIGHTS. The earlier layers' losses ("auxiliary") count like the last one's:
@@ -191,7 +203,7 @@ def set_loss(outputs, targets, normalizers=None):
     if len(targets) != B:
         raise ValueError(f"set_loss: outputs of {B} images, targets of {len(targets)}")
     if normalizers is None:
-        normalizers = loss_normalizers(targets, Q)
+        normalizers = loss_normalizers(targets, Q, no_object)
     num_boxes, class_weight, num_with_attributes = (
         max(float(n), least) for n, least in zip(normalizers, (1.0, 1e-6, 1.0)))
 
@@ -213,12 +225,12 @@ def set_loss(outputs, targets, normalizers=None):
 
         # About 95 of 100 queries have no partner. Unweighted, "no object" would be the answer to
         # everything.
-        no_object = logits.shape[-1] - 1
+        last = logits.shape[-1] - 1  # "no object"
         labels = torch.cat([target["labels"] for target in of_source])
-        classes = torch.full(logits.shape[:3], no_object, device=device)
+        classes = torch.full(logits.shape[:3], last, device=device)
         classes[layer, image, query] = labels[row]
-        weight = torch.ones(no_object + 1, device=device, dtype=logits.dtype)
-        weight[no_object:].fill_(NO_OBJECT_WEIGHT)  # an assignment would make the host wait
+        weight = torch.ones(last + 1, device=device, dtype=logits.dtype)
+        weight[last:].fill_(no_object)  # an assignment would make the host wait
         loss_class = loss_class + F.cross_entropy(
             logits.flatten(0, 2), classes.flatten(), weight=weight, reduction="sum") / class_weight
 

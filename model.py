@@ -456,8 +456,10 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT), torch's
-        normal 1 for the queries' positions (DETR), torchvision's own for the ResNet.
+        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT), torchvision's
+        own for the ResNet. The queries begin as the positions of a square grid of places, and are
+        learned from there: begun at random (DETR), many start alike, and two that cannot be told
+        apart find the same object for long.
 
         Residual branches are scaled by 0.05. Else a dozen random post-norm layers first blur the
         image's cells into one another, and nothing is found until that is unlearnt (the idea is
@@ -476,8 +478,12 @@ class E2EVLP(nn.Module):
                 parameter.data.mul_(0.05)
             elif name.endswith(("attention.out.bias", "feed_forward.3.bias")):
                 nn.init.zeros_(parameter)
+        side = math.ceil(math.sqrt(self.config.queries))
+        places = torch.ones(1, side, side, dtype=torch.bool)
+        places = sine_positions(places, self.config.width, self.config.temperature)[0]
         with torch.no_grad():
             self.sentence.token.weight[self.config.pad].zero_()
+            self.query_positions.weight.copy_(places[:self.config.queries])
 
     # -- encoding ----------------------------------------------------------------------------------
 
