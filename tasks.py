@@ -30,8 +30,9 @@ from msgspec import Meta, Struct
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import (CocoInstances, Example, Id, InputError, Karpathy, load_or_build_index,
-                  number, pad_tokens, parse_json, read_coco, read_json, read_text, safe_name)
+from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy,
+                  load_or_build_index, number, pad_tokens, parse_json, read_coco, read_json,
+                  read_text, safe_name)
 from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
 
 TASKS = {}
@@ -179,12 +180,19 @@ class Task:
         rows = read_json(path, list[self.Result], "the score")
         return [msgspec.structs.astuple(row) for row in rows]
 
-    def score_file(self, results, against, split="test"):
-        """The scores of anybody's result file by an official annotation file."""
+    def question_ids(self, path):
+        """The ids in a file of all that may be answered."""
+        raise InputError(f"--questions {path}: --task {self.name} has no such file")
+
+    def score_file(self, results, against, split="test", questions=None):
+        """The scores of anybody's result file by an official annotation file. questions: a file of
+        all that may be answered, by default what `against` has.
+        """
         examples = self.truth(against, split)
         ids = [e.id for e in examples]
         rows = self.read_results(results)
-        check_ids(results, [i for i, _ in rows], ids, ids)
+        check_ids(results, [i for i, _ in rows], ids,
+                  self.question_ids(questions) if questions else ids)
         answers = dict(rows)
         return self.score([answers[i] for i in ids], examples)
 
@@ -368,6 +376,9 @@ class VQA(Task):
         return {kind: 100 * sum(accuracy[kind]) / len(accuracy[kind])
                 for kind in ("overall", "yes/no", "number", "other") if accuracy[kind]}
 
+    def question_ids(self, path):
+        return [q.question_id for q in read_json(path, VqaQuestions, "the score").questions]
+
 
 # --------------------------------------------------------------------------------------------------
 # NLVR2
@@ -539,6 +550,15 @@ class Captioning(Captioned):
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=4.0)
     Result = CaptionResult
 
+    def truth(self, path, split):
+        """Of Karpathy's file, or of COCO's captions_*.json, which has one split."""
+        if "annotations" not in read_json(path, dict[str, msgspec.Raw], "the score"):
+            return super().truth(path, split)
+        captions = defaultdict(list)
+        for annotation in read_json(path, CocoCaptions, "the score").annotations:
+            captions[annotation.image_id].append(annotation.caption)
+        return [Example(i, sentences=sentences) for i, sentences in captions.items()]
+
     def read(self, data, split, say=print):
         examples = self.truth(f"{data}/coco/dataset_coco.json", split)
         for example in examples:
@@ -688,7 +708,7 @@ class Retrieval(Captioned):
         np.save(file, np.stack(answers))
         return file.getvalue()
 
-    def score_file(self, results, against, split="test"):
+    def score_file(self, results, against, split="test", questions=None):
         """results: a .npy matrix, a row for each image, a column for each sentence, image after
         image.
         """
@@ -822,7 +842,7 @@ class Detection(Task):
         records, _ = self.records(answers, examples, data, split)
         return msgspec.json.encode(records)
 
-    def score_file(self, results, against, split="test"):
+    def score_file(self, results, against, split="test", questions=None):
         """An image may have any number of boxes, but its id and theirs must be known."""
         truth, categories = self.annotations(against)
         images = [image["id"] for image in truth["images"]]

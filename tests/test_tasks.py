@@ -458,6 +458,20 @@ def test_a_result_file_that_cannot_be_scored_is_one_line(tmp_path, task, results
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_vqas_questions_say_what_may_be_answered(tmp_path):
+    truth = write(tmp_path, "truth", TRUTH["vqa"])
+    asked = {"questions": [{"question_id": i, "image_id": 1} for i in (5, 6)]}
+    rows = write(tmp_path, "rows", [{"question_id": i, "answer": "red"} for i in (5, 6)])
+    scores = VQA().score_file(rows, truth, questions=write(tmp_path, "asked", asked))
+    assert scores == {"overall": 100, "other": 100}
+
+
+def test_captions_are_scored_against_cocos_file_too(tmp_path):
+    file = {"annotations": [{"image_id": 2, "caption": "a cat"}, {"image_id": 2, "caption": "b"}]}
+    example, = Captioning().truth(write(tmp_path, "truth", file), "test")
+    assert (example.id, example.sentences) == (2, ["a cat", "b"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 
