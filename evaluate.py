@@ -711,6 +711,7 @@ def parse(argv):
                    "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")
     g.add_argument("--against", metavar="FILE", help="with --score: the official annotation file")
+    g.add_argument("--questions", metavar="FILE", help="with --score, VQA: all that may be answered")
     g.add_argument("--examples", type=number(int, 1), metavar="N",
                    help="the first N only; default: all, pre-trained 1000")
     g.add_argument("--batch-size", type=number(int, 1), default=32, help="images at a time")
@@ -840,7 +841,7 @@ def run_images(args):
             raise InputError("--statement: needs two images, left and right")
         answer = {"images": files, "statement": args.statement,
                   "probability": predictor.judge(*files, args.statement)}
-        pprint.pprint(answer, sort_dicts=False, width=120)
+        pprint.pprint(answer, sort_dicts=False, width=140)
         return [answer], 0
 
     answers, code = [], 0
@@ -854,7 +855,7 @@ def run_images(args):
         answer = ask(predictor, image, args)
         answers.append({"image": file, "width": image.width, "height": image.height, **answer})
         if not args.find:
-            pprint.pprint(answers[-1], sort_dicts=False, width=120)
+            pprint.pprint(answers[-1], sort_dicts=False, width=140)
         if args.output:
             name = os.path.splitext(os.path.basename(file))[0]
             draw_answer(f"{args.output}/{n:03}-{name}", predictor, image, answer, args)
@@ -876,8 +877,8 @@ def main(argv=None):
         elif args.data is not None:
             found = run_data(args)
         else:
-            task = make_task(args.task, {})
-            found = task.score_file(args.score, args.against, split=args.split or "test")
+            task = make_task(args.task, {"meteor": True})
+            found = task.score_file(args.score, args.against, args.split or "test", args.questions)
         if isinstance(found, dict):
             print0("\n".join(f"{name:28} {value:.3f}" for name, value in found.items()))
         if args.json and int(os.environ.get("RANK", 0)) == 0:
