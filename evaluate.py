@@ -711,7 +711,7 @@ def parse(argv):
                    "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")
     g.add_argument("--against", metavar="FILE", help="with --score: the official annotation file")
-    g.add_argument("--questions", metavar="FILE", help="with --score, VQA: all that may be answered")
+    g.add_argument("--questions", metavar="FILE", help="--score, VQA: all that may be answered")
     g.add_argument("--examples", type=number(int, 1), metavar="N",
                    help="the first N only; default: all, pre-trained 1000")
     g.add_argument("--batch-size", type=number(int, 1), default=32, help="images at a time")
