@@ -12,7 +12,6 @@ validation.
 Settings are section 5.1's where it gives them. Clip, the ResNet's rate and weight decay are ours.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -25,15 +24,17 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, Tokenizer, command,
-                  load_images, number, pad_images, pad_tokens, print0, to_pixels)
+from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, command, load_images, number,
+                  pad_images, pad_tokens, print0, to_pixels)
 from evaluate import draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
-from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, add_loading_flags,
-                      add_model_flags, add_output_flags, add_training_flags, new_model,
-                      parse_resumed, rate_of, train)
+from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, new_model, parse_resumed,
+                      shared_flags, train)
 from tasks import TASKS, make_task
+
+# With --init FILE the model is the file's, but for its dropout: these flags can only agree with it
+FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag != "dropout"), "backbone_weights", "vocab")
 
 
 class TaskSet(Dataset):
@@ -117,54 +118,43 @@ class FineTuning(nn.Module):
 
 
 def parse(argv):
-    """(flags, checkpoint or None). Layers of defaults: the task's, then --mini's or the resumed
-    run's, then what is given.
+    """(flags, the checkpoint to go on from or None). Layers of defaults: the task's, then --mini's
+    or the resumed run's, then what is given.
     """
-    parser = argparse.ArgumentParser(
+    parser = shared_flags(
         usage="finetune.py --task TASK --init FILE [--mini] ... (--help: all flags)",
-        description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5).",
-        formatter_class=HelpFormatter)
-    parser.add_argument("--task", choices=tuple(TASKS), help="what to learn")
-    parser.add_argument("--mini", action="store_true", help="other defaults: the miniature world")
-    parser.add_argument("--init", metavar="FILE",
-                        help="checkpoint to start from, or none: then the model's flags count")
-    g = add_loading_flags(parser)
+        description="Fine-tune E2E-VLP (Xu et al., ACL 2021, section 5).")
+    g = parser.add_argument_group("fine-tuning")
+    g.add_argument("--task", choices=tuple(TASKS), help="what to learn")
+    g.add_argument("--init", metavar="FILE",
+                   help="checkpoint to start from, or none: then the model's flags count")
     g.add_argument("--train-examples", type=number(int, 0), default=0, metavar="N",
                    help="train on the first ones only; 0: all")
-    add_model_flags(parser)
-    g = add_training_flags(parser)
-    g.add_argument("--lr-head", type=number(float, 0, 1e6), default=1.0, metavar="FACTOR",
-                   help="a new classifier's rate, as a multiple of --lr")
-    g = parser.add_argument_group("flags of one task")
-    for task in TASKS.values():
-        task.add_flags(g)
-    g = add_output_flags(parser)
     g.add_argument("--val-every", type=number(float, 0.001), default=1.0, metavar="EPOCHS",
                    help="epochs between two validations")
     g.add_argument("--val-examples", type=number(int, 0), default=0, metavar="N",
                    help="validate on the first ones only; 0: all")
-    parser.set_defaults(epochs=12, output="runs/TASK")
+    g = parser.add_argument_group("flags of one task")
+    for task in TASKS.values():
+        task.add_flags(g)
+    # lr_head, a setting without a flag: a new classifier's rate, as a multiple of --lr
+    parser.set_defaults(epochs=12, output="runs/TASK", lr_head=1.0)
     args = parser.parse_args(argv)
-    fixed = (*MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers")
-    if not args.task and args.resume and args.resume != "auto":
-        return parse_resumed(parser, argv, fixed, task=None)
-    if not args.task or not args.init and not args.resume:
+    if args.task:
+        task = TASKS[args.task]
+        parser.set_defaults(output=f"runs/{args.task}", **task.settings)
+        if args.mini:
+            mini = dict(epochs=100, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50,
+                        clip=1.0, val_every=1e6, output=f"runs/mini-{args.task}")
+            # From nothing the rates of pre-training are the better ones
+            rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
+            parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
+        if args.init not in (None, "none"):
+            parser.set_defaults(**dict.fromkeys(FILE_FLAGS))
+    args, state = parse_resumed(parser, argv, fixed=(
+        *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers"))
+    if state is None and not (args.task and args.init):
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume FILE")
-
-    task = TASKS[args.task]
-    parser.set_defaults(output=f"runs/{args.task}", **task.settings)
-    if args.mini:
-        mini = dict(epochs=100, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50, clip=1.0,
-                    val_every=1e6, output=f"runs/mini-{args.task}")
-        # From nothing the rates of pre-training are the better ones
-        rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
-        parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
-    if args.init not in (None, "none"):  # the model is the file's: a flag can only agree with it
-        parser.set_defaults(**{flag: None for flag in (*MODEL_FLAGS, "backbone_weights", "vocab")
-                               if flag != "dropout"})
-    args, state = parse_resumed(parser, argv, fixed, task=args.task)
-    if state is None and args.init is None:
-        raise InputError("--resume auto: there is nothing to go on from, so give --init too")
     return args, state
 
 
@@ -180,9 +170,9 @@ def initial_model(args, task, names):
         return new_model(args, tokenizer, names, **more), tokenizer, names
     state = load_checkpoint(args.init, "--init")
     config = state["config"]
-    for flag in (*MODEL_FLAGS, "backbone_weights", "vocab"):
+    for flag in FILE_FLAGS:
         value = getattr(args, flag)
-        if flag != "dropout" and value is not None and value != getattr(config, flag, None):
+        if value is not None and value != getattr(config, flag, None):
             raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave "
                              "the flag away, or give --init none")
     if config.task not in ("", task.name):
@@ -223,9 +213,12 @@ def finetune(args, state):
         is_backbone = name.startswith("backbone.resnet")
         if not name.startswith(tuple(task.modules)) or is_backbone and not args.lr_backbone:
             parameter.requires_grad_(False)
+        elif is_backbone:
+            groups["backbone"].append(parameter)
+        elif name.startswith("classifier."):
+            groups["head"].append(parameter)
         else:
-            groups["backbone" if is_backbone else
-                   "head" if name.startswith("classifier.") else "rest"].append(parameter)
+            groups["rest"].append(parameter)
     rates = {"rest": args.lr, "head": args.lr * args.lr_head, "backbone": args.lr_backbone}
 
     dataset = TaskSet(task, index["train"]["examples"], tokenizer, short_sides=args.short_sides,
@@ -233,20 +226,17 @@ def finetune(args, state):
                       most=args.train_examples, seed=args.seed)
     print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, "
            f"{len(val)} to validate" + (f", {len(task.labels)} answers" if task.labels else ""))
-    per_epoch = len(dataset) / args.batch_size
-    steps = args.steps or math.ceil(args.epochs * per_epoch)
     optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],
-                           steps, per_epoch)
+                           len(dataset))
+    per_epoch = run.per_epoch
     run.kept["best"] = state["best"] if state is not None else -math.inf
     loader = run.loader(dataset, dataset.sizes, functools.partial(collate_task, pad=tokenizer.pad))
 
     def validate():
         scores = {}
         for kind, examples in (("val", val), ("blind", val[:task.blind_examples])):
-            answers = predict(
-                task, model, tokenizer, examples, short=max(args.short_sides), long=args.long_side,
-                device=run.device, amp=args.amp == "bf16", batch_size=run.micro_batch,
-                workers=args.workers, rank=run.rank, world=run.world, blind=kind == "blind")
+            answers = predict(task, model, tokenizer, examples, blind=kind == "blind",
+                              **run.evaluation)
             if run.rank == 0:
                 scores[kind] = task.score(answers, examples, args.data, "val")
         if run.rank > 0:
@@ -274,8 +264,7 @@ def finetune(args, state):
         return step / per_epoch // args.val_every > (step - 1) / per_epoch // args.val_every
 
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
-    code = train(run, objective, loader, optimizer, LOSS_WEIGHTS, rate_of(args, decay), validate,
-                 validation_due)
+    code = train(run, objective, loader, optimizer, LOSS_WEIGHTS, decay, validate, validation_due)
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: " + ", ".join(f"{k} {v:.3f}" for k, v in best.items()))

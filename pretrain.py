@@ -9,11 +9,11 @@ In this file: an image as a training item and as a batch; the four losses; **the
 which fine-tuning uses too; what the loop calls by name (class Run: output folder, resume, clock,
 log); flags; the run.
 
-`--output` gets log.jsonl, last.pt (weights, configuration, vocabulary, optimizer: all that is
-needed to use it or to go on), curves.png and sheet.png (held-out images: truth beside answer) at
-each validation. `--mini` is only a set of other defaults, see `MINI`; any flag given explicitly
-wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish the step and write last.pt; `--resume` ends with
-the weights of a run that never stopped (with --minutes the clock decides).
+`--output` gets log.jsonl, last.pt (all that is needed to use the model or to go on), and at each
+validation curves.png and sheet.png (held-out images: truth beside answer). `--mini` is only a set
+of other defaults, see `MINI`; a flag that is given wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish
+the step and write last.pt; `--resume` ends with the weights of a run that never stopped (with
+--minutes the clock decides).
 """
 
 import argparse
@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 import shapes
 from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal,
@@ -112,11 +111,7 @@ def collate(items, pad, stride):
     mlm_positions (M,): the masked tokens' places in tokens.flatten(), mlm_labels (M,): what they
     were, captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the image),
     no_sentence (B,) (True = detection without a sentence), targets: B dicts, see matcher.set_loss;
-    ids, broken: names and messages.
-
-    For the grid-word loss: object_cells (N,): the cell of the grid that each object's centre lies
-    in, counted over the batch; word_pieces (k,), word_objects (k,): the words of each object,
-    word_weights (k,): those of an object sum to 1.
+    ids, broken: names and messages. For the grid-word loss also what `grid_words` gives.
     """
     images, sizes, padded = pad_images([item["image"] for item in items])
     B, K = len(items), len(items[0]["tokens"])
@@ -136,36 +131,42 @@ def collate(items, pad, stride):
              "ids": [item["id"] for item in items],
              "broken": [message for item in items for message in item["broken"]]}
     if "words" in items[0]:
-        H, W = (math.ceil(side / stride) for side in images.shape[-2:])
-        cells = []
-        for b, (size, item) in enumerate(zip(sizes.tolist(), items)):
-            for cx, cy, _, _ in item["target"]["boxes"]:
-                row = min(int(cy * size[0] / stride), math.ceil(size[0] / stride) - 1)
-                column = min(int(cx * size[1] / stride), math.ceil(size[1] / stride) - 1)
-                cells.append((b * H + row) * W + column)
-        words = [pieces for item in items for pieces in item["words"]]
-        counts = torch.tensor([len(pieces) for pieces in words], dtype=torch.long)
-        batch["object_cells"] = torch.tensor(cells, dtype=torch.long)
-        batch["word_pieces"] = torch.tensor([p for pieces in words for p in pieces],
-                                            dtype=torch.long)
-        batch["word_objects"] = torch.arange(len(words)).repeat_interleave(counts)
-        batch["word_weights"] = 1 / counts.repeat_interleave(counts)
+        batch.update(grid_words(items, images, stride))
     return batch
 
 
+def grid_words(items, images, stride):
+    """For the grid-word loss: object_cells (N,): the cell of the grid that each object's centre
+    lies in, counted over the batch; word_pieces (k,), word_objects (k,): the words of each object,
+    word_weights (k,): those of an object sum to 1.
+    """
+    H, W = (math.ceil(side / stride) for side in images.shape[-2:])
+    cells, pieces, numbers, weights = [], [], [], []
+    for b, item in enumerate(items):
+        height, width = item["image"].shape[1:]
+        rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+        for (cx, cy, _, _), words in zip(item["target"]["boxes"], item["words"]):
+            row = min(int(cy * height / stride), rows - 1)
+            column = min(int(cx * width / stride), columns - 1)
+            numbers += [len(cells)] * len(words)
+            cells.append((b * H + row) * W + column)
+            pieces += words
+            weights += [1 / len(words) for _ in words]
+    return {"object_cells": torch.tensor(cells, dtype=torch.long),
+            "word_objects": torch.tensor(numbers, dtype=torch.long),
+            "word_pieces": torch.tensor(pieces, dtype=torch.long),
+            "word_weights": torch.tensor(weights)}
+
+
 class Batches(Sampler):
-    """Batches of (epoch, index, draw) for one process: a pure function of seed and rank, endless
-    from micro-batch 0 of batch `start`.
+    """Batches of (epoch, index, draw) for one process, a pure function of seed and rank: endless,
+    from batch `start` on, pass after pass over all items.
 
-    Pass follows pass over all items, each in an order of its own, and the batches are cut from that
-    stream: in each pass an item comes once, whatever the batch and the number of processes, and
-    every batch is full.
-
-    Images of similar shape go together, so that little is padded: within chunks of 16 batches
-    (fewer where a pass has few) they are sorted by shape before the batches are cut, and the
-    batches are shuffled. `draw` is the same for all of a batch, over all processes too: it picks
-    the size of the scale augmentation, since 480 and 800 pixels in one batch would pad most of it,
-    and of two processes one would wait for the other.
+    Every batch is full, and an item comes once in a pass, whatever the number of processes. Images
+    of similar shape go together, so that little is padded: chunks of 16 batches (fewer where a pass
+    has few) are sorted by shape, cut, and their batches shuffled. `draw` picks the size of the
+    scale augmentation, one for a batch in all processes: 480 and 800 pixels in one batch would pad
+    most of it, and of two processes one would wait for the other.
     """
 
     def __init__(self, sizes, batch, *, accumulation_steps=1, rank=0, world=1, seed=0, start=0):
@@ -176,7 +177,6 @@ class Batches(Sampler):
         self.ratios = sizes[:, 1] / sizes[:, 0]
         self.batch, self.accumulation_steps = batch, accumulation_steps
         self.rank, self.world, self.seed, self.start = rank, world, seed, start
-        self.per_epoch = len(sizes) / batch
         self.chunk = max(1, min(16, len(sizes) // batch // 4))
 
     def order(self, epoch):
@@ -185,11 +185,10 @@ class Batches(Sampler):
     def __iter__(self):
         N, length = len(self.ratios), self.chunk * self.batch
         micro_batch = self.batch // self.world // self.accumulation_steps
-        orders = {}
         for chunk in itertools.count(self.start // self.chunk):
             places = np.arange(chunk * length, (chunk + 1) * length)
             epochs = places // N
-            orders = {e: orders[e] if e in orders else self.order(e) for e in np.unique(epochs)}
+            orders = {epoch: self.order(epoch) for epoch in np.unique(epochs)}
             items = np.array([orders[e][place] for e, place in zip(epochs, places % N)])
             # By epoch first: so an item meets itself at most in the one batch that spans two epochs
             chosen = np.lexsort((self.ratios[items], epochs)).reshape(self.chunk, self.batch)
@@ -250,11 +249,10 @@ def grid_word_loss(logits, batch):
     its centre lies in; a sum over objects, of which each object's words share the weight equally.
 
     In the set loss the ResNet learns what a thing is only through queries that have found it, which
-    they can only by what the ResNet tells; and that a cell and a word mean the same, only from
-    sentences. Here the MLM head, which knows words by their embeddings, reads the cell itself: so
-    it must say in the language of the words what is there. (Zong et al. 2023 ask a detector's
-    encoder directly; words of detected objects as anchors between image and sentence are Oscar's
-    idea, Li et al. 2020.)
+    they can only by what the ResNet tells. Here the MLM head, which knows words by their
+    embeddings, reads the cell itself: so it must say in the language of the words what is there.
+    (Zong et al. 2023 ask a detector's encoder directly; words of detected objects as anchors
+    between image and sentence are Oscar's idea, Li et al. 2020.)
 
     logits (N, V) of E2EVLP.forward for the N objects; batch: see `collate`.
     """
@@ -266,19 +264,11 @@ def grid_word_loss(logits, batch):
 def loss_weights(changed=(), without=(), grid_word=0.0):
     """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v).
 
-    changed: ["mlm=3", ...]; without: the tasks that are left out; grid_word: --grid-word-loss.
+    changed: {name of a loss: another weight}; without: the tasks that are left out; grid_word:
+    --grid-word-loss.
     """
     weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
-    for text in changed:
-        name, _, value = text.partition("=")
-        try:
-            if f"loss_{name}" not in weights or not 0 <= float(value) < math.inf:
-                raise ValueError
-            weights[f"loss_{name}"] = float(value)
-        except ValueError:
-            names = ", ".join(key.removeprefix("loss_") for key in weights)
-            raise InputError(f"--loss-weights {text}: must be NAME=NUMBER, a name of "
-                             f"{names}") from None
+    weights.update(changed)
     weights["loss_grid_word"] = grid_word
     off = {"mlm": ["loss_mlm"], "itm": ["loss_itm"], "caption": ["loss_caption"],
            "attributes": ["loss_attribute"], "detection": [*LOSS_WEIGHTS, "loss_grid_word"]}
@@ -291,13 +281,27 @@ def loss_weights(changed=(), without=(), grid_word=0.0):
 # The training loop
 
 
-def train(run, objective, loader, optimizer, weights, rate, validate, validation_due):
+def rate_factor(args, decay, step, progress):
+    """What the learning rates are multiplied by: warm-up times cosine, or decay(step, progress).
+    progress: the share of the training that is done, 0 .. 1.
+    """
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    if args.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warm * decay(step, progress)
+
+
+def last_third(step, progress):
+    """DETR's decay: the last third of the training at a tenth of the rate."""
+    return 0.1 if progress >= 2 / 3 else 1.0
+
+
+def train(run, objective, loader, optimizer, weights, decay, validate, validation_due):
     """The training loop of both stages. Returns the exit code.
 
     objective: a module with `normalizers(batch)`, whose forward(batch, normalizers) gives named
-    losses; loader: endless micro-batches; weights: {name of a loss: its weight}; rate(step,
-    progress): what the base learning rates are multiplied by; validate(): measures and logs;
-    validation_due(step).
+    losses; loader: endless micro-batches; weights: {name of a loss: its weight}; decay: see
+    `rate_factor`; validate(): measures and logs; validation_due(step).
     """
     args = run.args
     parallel = run.parallel(objective)
@@ -312,14 +316,13 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
     while run.progress < 1:
         # The batch, and what its losses are divided by, summed over micro-batches and processes.
         # The first process's clock and a noted signal travel along: all processes must agree.
-        micro_batches, normalizers, signal_number = run.next_step(objective, batches,
-                                                                  signals.number)
+        micro_batches, normalizers, signal_number = run.next_step(objective, batches, signals)
         if signal_number:
             break
 
         # The learning rate: a function of the step and of how much of the training is done
         for group, base_rate in zip(optimizer.param_groups, run.base_rates):
-            group["lr"] = base_rate * rate(run.step, run.progress)
+            group["lr"] = base_rate * rate_factor(args, decay, run.step, run.progress)
 
         # Forward and backward. Dropout is seeded by the step, so that a resumed run draws the same.
         torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2**31)
@@ -348,11 +351,11 @@ def train(run, objective, loader, optimizer, weights, rate, validate, validation
         run.step += 1
 
         # Log, validate, save
-        run.log_step(sums, weights, grad_norm, optimizer)
+        run.log_step(sums, weights, grad_norm)
         if validation_due(run.step) and run.progress < 1:
             run.validate(validate)
             parallel.train()
-        if run.save_due:
+        if time.time() - run.saved > 60 * args.checkpoint_minutes:
             run.save()
 
     signals.restore()
@@ -379,72 +382,64 @@ class Run:
         if args.batch_size % self.world:
             raise InputError(f"--batch-size {args.batch_size}: does not divide among {self.world} "
                              f"processes; choose a multiple of {self.world}")
-        self.per_rank_batch = args.batch_size // self.world
-        limit = args.micro_batch or self.per_rank_batch
-        self.accumulation_steps = next(n for n in range(1, self.per_rank_batch + 1)
-                                       if self.per_rank_batch % n == 0 and
-                                       self.per_rank_batch // n <= limit)
-        self.micro_batch = self.per_rank_batch // self.accumulation_steps
+        share = args.batch_size // self.world
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        self.micro_batch = max(n for n in divisors if n <= (args.micro_batch or share))
+        self.accumulation_steps = share // self.micro_batch
+        # How evaluate's functions are to load images and run the model
+        self.evaluation = {
+            "short": max(args.short_sides), "long": args.long_side, "workers": args.workers,
+            "batch_size": self.micro_batch, "device": self.device, "amp": args.amp == "bf16",
+            "rank": self.rank, "world": self.world}
         self.log_file = os.path.join(args.output, "log.jsonl")
         self.last = os.path.join(args.output, "last.pt")
-        self.step = self.broken = 0
-        self.seconds = 0.0
-        self.save_due = self.ended = False
+        start = state or {}
+        self.step = start.get("step", 0)
+        self.seconds = start.get("seconds", 0.0)
+        self.broken = start.get("broken", 0)
+        self.ended = start.get("ended", False)
         self.kept = {}  # what a stage adds to its checkpoints
-        if state is not None:
-            self.step, self.seconds, self.broken = state["step"], state["seconds"], state["broken"]
-            self.ended = state.get("ended", False)
         if len(set(gather(self.step))) > 1:
             raise InputError(f"--resume {args.resume}: the processes find different checkpoints; "
                              "--output must be a folder that all hosts share")
         on_first_process(self.prepare_folder)
 
     def prepare_folder(self):
-        """A new run must not overwrite another; a resumed one drops the log after its checkpoint.
-        """
+        """A new run overwrites no other; a resumed one drops the log after its checkpoint."""
         folder = self.args.output
         if self.state is None and os.path.exists(self.last):
             raise InputError(f"--output {folder}: holds a run; go on with --resume {self.last}, or "
                              "give another folder")
+        size = 0 if self.state is None else self.state["log_size"]
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "last.pt.tmp"), "w"):  # better now than after hours
+            with open(self.log_file, "a"):  # a folder that cannot be written: now, not after hours
                 pass
-            os.remove(os.path.join(folder, "last.pt.tmp"))
-            if os.path.exists(self.log_file):
-                size = 0 if self.state is None else self.state["log_size"]
-                os.truncate(self.log_file, min(os.path.getsize(self.log_file), size))
+            os.truncate(self.log_file, min(os.path.getsize(self.log_file), size))
         except OSError as error:
             raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
 
-    def set_up(self, model, tokenizer, names, groups, steps, per_epoch):
-        """The optimizer. groups: [(parameters, base rate)]; steps: of the training; per_epoch:
-        steps in an epoch.
+    def set_up(self, model, tokenizer, names, groups, num_items):
+        """The length of the training, and its optimizer. groups: [(parameters, base rate)];
+        num_items: of an epoch.
         """
         args = self.args
         self.model, self.tokenizer, self.names = model, tokenizer, names
-        self.steps, self.per_epoch = steps, per_epoch
+        self.per_epoch = num_items / args.batch_size  # steps
+        self.steps = args.steps or math.ceil(args.epochs * self.per_epoch)
         model.recompute = args.activation_checkpointing
         self.base_rates = [base_rate for _, base_rate in groups]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters, _ in groups], lr=args.lr,
-            weight_decay=args.weight_decay, fused=True)
-        if self.state is not None:
-            try:
-                self.optimizer.load_state_dict(self.state.pop("optimizer"))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"--resume {args.resume}: its optimizer is of another model "
-                                 f"({error})") from None
-            self.state.pop("model")  # of the largest model a gigabyte a process
-        config = model.config
+        self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters, _ in groups],
+                                           weight_decay=args.weight_decay, fused=True)
         training = sum(p.numel() for parameters, _ in groups for p in parameters)
-        print0(f"{config.backbone}, {config.encoder_layers} + {config.decoder_layers} layers: "
-               f"{count_parameters(model) / 1e6:.1f} M parameters, {training / 1e6:.1f} M in "
-               f"training, on {self.device}")
+        print0(f"{model.config.backbone}: {count_parameters(model) / 1e6:.1f} M parameters, "
+               f"{training / 1e6:.1f} M in training, on {self.device}")
         limit = f" or {args.minutes:g} minutes" if args.minutes else ""
         print0(f"batch {args.batch_size} = {self.world} process(es) x {self.accumulation_steps} "
-               f"accumulation step(s) x {self.micro_batch} images; {steps} steps{limit}")
+               f"accumulation step(s) x {self.micro_batch} images; {self.steps} steps{limit}")
         if self.state is not None:
+            self.optimizer.load_state_dict(self.state.pop("optimizer"))
+            self.state.pop("model")  # of the largest model a gigabyte a process
             print0(f"{args.resume}: going on at step {self.step}")
         return self.optimizer
 
@@ -473,8 +468,6 @@ class Run:
         self.started = time.time() - self.seconds
         self.saved = self.logged = time.time()
         self.logged_step = self.step
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step",
-                        disable=None if self.rank == 0 else True)
 
     @property
     def progress(self):
@@ -482,33 +475,30 @@ class Run:
         minutes = self.args.minutes
         return max(self.step / self.steps, self.seconds / (minutes * 60) if minutes else 0)
 
-    def next_step(self, objective, batches, signal_number):
+    def next_step(self, objective, batches, signals):
         """(the step's micro-batches, the normalizers, the number of a signal that any process has
-        noted). What all processes must know of the step goes through one all-reduce.
+        noted). The processes agree on the clock, the first one's, and on whether one of them has
+        to stop.
         """
-        micro_batches, problem = [], None
+        micro_batches, problem = [], ""
         try:
             micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
         except InputError as error:
             problem = str(error)
-        counts = [objective.normalizers(batch) for batch in micro_batches]
-        counts = [sum(column) for column in zip(*counts)]
-        counts += [0.0] * (8 - len(counts))  # of the same length where this process has none
         broken = [message for batch in micro_batches for message in batch["broken"]]
         for message in broken:
-            tqdm.write(f"{message}; replaced by the next image", file=sys.stderr)
-        clock = save_due = 0.0
-        if self.rank == 0:
-            clock = time.time() - self.started
-            save_due = float(time.time() - self.saved > self.args.checkpoint_minutes * 60)
-        *counts, self.seconds, save_due, broken, problems, noted, signal_sum = all_sum(
-            [*counts, clock, save_due, len(broken), problem is not None, signal_number > 0,
-             signal_number], self.device)
-        if problems:
-            raise InputError(next(filter(None, gather(problem))))
-        self.save_due = save_due > 0
+            print(f"{message}; replaced by the next image", file=sys.stderr, flush=True)
+        clock = time.time() - self.started if self.rank == 0 else 0.0
+        stop = bool(problem or signals.number)
+        self.seconds, broken, stopping = all_sum([clock, len(broken), stop], self.device)
         self.broken += int(broken)
-        return micro_batches, counts, int(signal_sum / noted) if noted else 0
+        if stopping:
+            problems, numbers = zip(*gather((problem, signals.number)))
+            if any(problems):
+                raise InputError(max(problems))
+            return [], [], max(numbers)
+        counts = [objective.normalizers(batch) for batch in micro_batches]
+        return micro_batches, all_sum([sum(column) for column in zip(*counts)], self.device), 0
 
     def log(self, line):
         """Add a dict to log.jsonl."""
@@ -516,28 +506,25 @@ class Run:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def log_step(self, sums, weights, grad_norm, optimizer):
+    def log_step(self, sums, weights, grad_norm):
         """A line of losses every --log-every steps, and after the first: is it alive, how fast?"""
         args, step = self.args, self.step
-        self.bar.total = max(step, round(step / self.progress))  # with --minutes, time decides
-        self.bar.update()
         if step % args.log_every and step != 1 and self.progress < 1:
             return
         values = all_sum([float(value) for value in sums.values()], self.device)
         losses = dict(zip(sums, values))
         total = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         speed = (step - self.logged_step) * args.batch_size / (time.time() - self.logged)
-        rates = {"lr": optimizer.param_groups[0]["lr"],
-                 "lr_backbone": optimizer.param_groups[-1]["lr"]}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.log({"step": step, "epoch": round(step / self.per_epoch, 4), "loss": total, **losses,
-                  **rates, "grad_norm": float(grad_norm), "pictures_per_second": speed,
-                  "seconds": self.seconds, "broken": self.broken})
-        self.bar.set_postfix(loss=f"{total:.2f}")
-        if self.bar.disable:
-            left = self.seconds * (1 / min(1, self.progress) - 1) / 60
-            print0(f"step {step}/{self.bar.total}  loss {total:.3f}  "
-                   + "  ".join(f"{name[5:]} {value:.3f}" for name, value in losses.items())
-                   + f"  {speed:.0f} images/s  {left:.1f} minutes left")
+                  "lr": rates[0], "lr_backbone": rates[-1], "grad_norm": float(grad_norm),
+                  "pictures_per_second": speed, "seconds": self.seconds, "broken": self.broken})
+
+        steps = max(step, round(step / self.progress))  # with --minutes, the time decides
+        left = self.seconds * (1 / min(1, self.progress) - 1) / 60
+        named = "  ".join(f"{name[5:]} {value:.3f}" for name, value in losses.items())
+        print0(f"step {step}/{steps}  loss {total:.3f}  {named}  {speed:.0f} images/s  "
+               f"{left:.1f} minutes left")
         self.logged, self.logged_step = time.time(), step
 
     def validate(self, function):
@@ -557,11 +544,11 @@ class Run:
             with open(self.log_file, "a") as file:
                 os.fsync(file.fileno())
             flags = {k: v for k, v in vars(self.args).items() if k != "resume"}
+            more = {"optimizer": self.optimizer.state_dict(), **self.kept, **more}
             save_checkpoint(os.path.join(self.args.output, name), self.model,
                             self.tokenizer.vocabulary, self.names, args=flags, step=self.step,
                             seconds=self.seconds, broken=self.broken,
-                            log_size=os.path.getsize(self.log_file), **{
-                                "optimizer": self.optimizer.state_dict(), **self.kept, **more})
+                            log_size=os.path.getsize(self.log_file), **more)
         self.saved = time.time()
 
     def stop_not_finite(self, sums, micro_batches):
@@ -589,8 +576,10 @@ MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128,
 MINI_LOADING = dict(data="data/mini", short_sides=[64], long_side=96, workers=1)
 MINI = dict(**MINI_MODEL, **MINI_LOADING, sentences_per_picture=4, minutes=18.5, epochs=40, lr=1e-3,
             lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, mask_named=0.5,
-            loss_weights=["mlm=8", "itm=8", "caption=2", "attribute=2"], grid_word_loss=8.0,
-            val_pictures=200, val_every=500, output="runs/mini", checkpoint_minutes=5.0)
+            loss_weights={"loss_mlm": 8.0, "loss_itm": 8.0, "loss_caption": 2.0,
+                          "loss_attribute": 2.0},
+            grid_word_loss=8.0, val_pictures=200, val_every=500, output="runs/mini",
+            checkpoint_minutes=5.0)
 
 COUNT = number(int, 1, 10**6)
 COUNT_OR_0 = number(int, 0, 10**9)
@@ -598,23 +587,20 @@ SHARE = number(float, 0, 1)
 AMOUNT = number(float, 0, 1e9)
 
 
-def add_model_flags(parser):
-    g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. 152")
-    g.add_argument("--backbone-weights", default="imagenet", metavar="WEIGHTS",
-                   help="imagenet, none, or the file of a torchvision state dict")
-    g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a grid cell")
-    g.add_argument("--width", type=COUNT, default=256, help="hidden units, a multiple of 4")
-    g.add_argument("--heads", type=COUNT, default=12, help="attention heads of 32 units")
-    g.add_argument("--feed-forward", type=COUNT, default=1024, help="units of the inner layer")
-    g.add_argument("--encoder-layers", type=COUNT, default=12, help="6 or 12 in the paper")
-    g.add_argument("--decoder-layers", type=COUNT, default=6, help="for objects and for captions")
-    g.add_argument("--queries", type=COUNT, default=100, help="the most objects in an image")
-    g.add_argument("--dropout", type=SHARE, default=0.1, help="share of units, 0 to 1")
-    parser.set_defaults(temperature=10000.0)
+def multiple_of_4(text):
+    if COUNT(text) % 4:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of 4 (rows and columns, "
+                                         "sines and cosines)")
+    return int(text)
 
 
-def add_loading_flags(parser):
+def shared_flags(usage, description):
+    """A parser with the flags of both stages; the defaults are those of pre-training."""
+    parser = argparse.ArgumentParser(usage=usage, description=description,
+                                     formatter_class=HelpFormatter)
+    parser.add_argument("--mini", action="store_true",
+                        help="other defaults: those of the miniature world")
+
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data", metavar="DIR", help="folder with the official files")
     g.add_argument("--index", metavar="DIR", help="the data's index (default: DATA/.index)")
@@ -627,10 +613,20 @@ def add_loading_flags(parser):
                    help="sentences or questions that share one pass of the backbone")
     g.add_argument("--workers", type=number(int, 0, 1000), default=min(4, os.cpu_count() or 1),
                    help="loader processes of each training process; 0: it loads itself")
-    return g
 
+    g = parser.add_argument_group("model")
+    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. 152")
+    g.add_argument("--backbone-weights", default="imagenet", metavar="WEIGHTS",
+                   help="imagenet, none, or the file of a torchvision state dict")
+    g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a grid cell")
+    g.add_argument("--width", type=multiple_of_4, default=256, help="hidden units")
+    g.add_argument("--heads", type=COUNT, default=12, help="attention heads of 32 units")
+    g.add_argument("--feed-forward", type=COUNT, default=1024, help="units of the inner layer")
+    g.add_argument("--encoder-layers", type=COUNT, default=12, help="6 or 12 in the paper")
+    g.add_argument("--decoder-layers", type=COUNT, default=6, help="for objects and for captions")
+    g.add_argument("--queries", type=COUNT, default=100, help="the most objects in an image")
+    g.add_argument("--dropout", type=SHARE, default=0.1, help="share of units, 0 to 1")
 
-def add_training_flags(parser):
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=COUNT, default=32, help="images a step, in all processes")
     g.add_argument("--micro-batch", type=COUNT_OR_0, default=0,
@@ -644,18 +640,13 @@ def add_training_flags(parser):
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
                    help="step: x 0.1 for the last third (fine-tuning: after the task's epochs)")
     g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
-    g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
     g.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="of all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N or mps")
     g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     g.add_argument("--activation-checkpointing", action="store_true",
                    help="compute activations again in the backward pass: less memory, more time")
-    return g
 
-
-def add_output_flags(parser):
     g = parser.add_argument_group("output")
     g.add_argument("--output", default="runs/pretrain", metavar="DIR", help="the run's folder")
     g.add_argument("--resume", metavar="FILE",
@@ -666,92 +657,69 @@ def add_output_flags(parser):
     g.add_argument("--log-every", type=COUNT, default=50, metavar="STEPS", help="between two lines")
     g.add_argument("--timeout", type=number(float, 0.01, 1e6), default=60, metavar="MINUTES",
                    help="a process may keep the others waiting so long, first reading included")
-    return g
+
+    # Settings without a flag: the longest wavelength of positions, the largest norm of the
+    # gradient, AdamW's weight decay
+    parser.set_defaults(temperature=10000.0, clip=0.1, weight_decay=1e-4)
+    return parser
 
 
 def parse(argv):
-    """(flags, the checkpoint to resume or None). Three layers of defaults: the paper's, then
+    """(flags, the checkpoint to go on from or None). Three layers of defaults: the paper's, then
     --mini's or the resumed run's, then what is given.
     """
-    parser = argparse.ArgumentParser(
+    parser = shared_flags(
         usage="pretrain.py [--mini] [--data DIR] [--output DIR] ... (--help: all flags)",
-        description="Pre-train E2E-VLP (Xu et al., ACL 2021). The defaults are the paper's.",
-        formatter_class=HelpFormatter)
-    parser.add_argument("--mini", action="store_true",
-                        help="other defaults: the miniature world, written if it is not there")
-    g = add_loading_flags(parser)
+        description="Pre-train E2E-VLP (Xu et al., ACL 2021). The defaults are the paper's.")
+    g = parser.add_argument_group("pre-training")
     g.add_argument("--sets", nargs="+", choices=("coco", "vg"), default=["coco", "vg"],
                    help="what to train on")
     g.add_argument("--without-sentence", type=SHARE, default=0.25, metavar="SHARE",
                    help="of images whose objects are detected without a sentence")
-    add_model_flags(parser)
-    g = add_training_flags(parser)
-    g.add_argument("--loss-weights", nargs="+", default=[], metavar="NAME=WEIGHT",
-                   help="instead of 1 and DETR's: mlm itm caption class bbox giou attribute")
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
                    help="leave out (Table 3): mlm itm detection attributes caption")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--val-every", type=COUNT_OR_0, default=5000, metavar="STEPS",
+                   help="between two validations; 0: only one, at the end")
+    g.add_argument("--val-pictures", type=COUNT, default=1000, metavar="N",
+                   help="held-out images to measure on, at most")
     g = parser.add_argument_group("beyond the paper")
     g.add_argument("--mask-named", type=SHARE, default=0.15, metavar="SHARE",
                    help="of masked words, among those that name an object or attribute")
     g.add_argument("--grid-word-loss", type=AMOUNT, default=0, metavar="WEIGHT",
                    help="ask the cell at an object's centre for the object's words; 0: off")
-    g = add_output_flags(parser)
-    g.add_argument("--val-every", type=COUNT_OR_0, default=5000, metavar="STEPS",
-                   help="between two validations; 0: only one, at the end")
-    g.add_argument("--val-pictures", type=COUNT, default=1000, metavar="N",
-                   help="held-out images to measure on, at most")
-    args = parser.parse_args(argv)
-    if args.mini:
+    parser.set_defaults(loss_weights={})  # instead of 1 and DETR's
+    if parser.parse_args(argv).mini:
         parser.set_defaults(**MINI)
     return parse_resumed(parser, argv, fixed=(*MODEL_FLAGS, "backbone_weights", "vocab", "sets"))
 
 
-def parse_resumed(parser, argv, fixed, task=""):
+def parse_resumed(parser, argv, fixed):
     """The last layer of defaults: those of the run that --resume names. fixed: flags that it keeps,
-    with seed, batch and weight decay; task: what its checkpoint must be fine-tuned for, None:
-    anything.
+    beside seed and batch.
     """
     args = parser.parse_args(argv)
     last = os.path.join(args.output, "last.pt")
     if args.resume == "auto":
         args.resume = last if os.path.exists(last) else None
     if args.resume is None:
-        check_width(args)
         return args, None
-    path = args.resume
+    path, folder = args.resume, os.path.dirname(args.resume) or "."
     state = load_checkpoint(path, "--resume")
-    of_stage = bool(state["config"].task) if task is None else state["config"].task == task
-    if state.get("optimizer") is None or not of_stage:
-        raise InputError(f"--resume {path}: is not a last.pt of this stage and task")
-    folder = os.path.dirname(path) or "."
+    is_finetuning = hasattr(args, "task")
+    if state.get("optimizer") is None or bool(state["config"].task) != is_finetuning:
+        raise InputError(f"--resume {path}: is not a last.pt of this stage")
     parser.set_defaults(**{**state["args"], "output": folder})
     args = parser.parse_args(argv)
     args.resume = path
     if os.path.realpath(args.output) != os.path.realpath(folder):
         raise InputError(f"--output {args.output}: a resumed run stays in its folder, {folder}")
-    for flag in (*fixed, "seed", "batch_size", "weight_decay"):
+    for flag in (*fixed, "seed", "batch_size"):
         if getattr(args, flag) != state["args"].get(flag):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run "
                              f"has {state['args'].get(flag)}; leave the flag away")
     return args, state
-
-
-def check_width(args):
-    if args.width and args.width % 4:
-        raise InputError(f"--width {args.width}: must be a multiple of 4 (rows and columns, sines "
-                         "and cosines)")
-
-
-def config_of(args, tokenizer, names, **more):
-    """The model's configuration from the flags, the vocabulary and the label sets."""
-    return Config(
-        **{flag: getattr(args, flag) for flag in MODEL_FLAGS},
-        frozen_batch_norm=args.backbone_weights != "none", vocabulary=len(tokenizer.vocabulary),
-        max_tokens=tokenizer.max_tokens, attributes=max(1, len(names["attributes"])),
-        classes={source: len(names[source]) for source in ("coco", "vg") if names[source]},
-        pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask, **more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,9 +727,16 @@ def config_of(args, tokenizer, names, **more):
 
 
 def new_model(args, tokenizer, names, **more):
-    """A model from the flags, its ResNet with --backbone-weights; the same in each process."""
+    """A model from the flags, the vocabulary and the label sets, its ResNet with
+    --backbone-weights; the same in each process. more: of Config.
+    """
     torch.manual_seed(args.seed)
-    model = E2EVLP(config_of(args, tokenizer, names, **more))
+    model = E2EVLP(Config(
+        **{flag: getattr(args, flag) for flag in MODEL_FLAGS},
+        frozen_batch_norm=args.backbone_weights != "none", vocabulary=len(tokenizer.vocabulary),
+        max_tokens=tokenizer.max_tokens, attributes=max(1, len(names["attributes"])),
+        classes={source: len(names[source]) for source in ("coco", "vg") if names[source]},
+        pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask, **more))
     if args.backbone_weights != "none":
         model.backbone.load_weights(args.backbone_weights)
     return model
@@ -772,7 +747,7 @@ def pretraining_set(args, data, tokenizer):
     names = data["names"]
     words = {kind: [tokenizer.encode(name)[1:-1] for name in names[kind]]
              for kind in ("coco", "vg", "attributes")}
-    named = frozenset(piece for kind in words for pieces in words[kind] for piece in pieces)
+    named = set(itertools.chain(*words["coco"], *words["vg"], *words["attributes"]))
     if "attributes" in args.without:
         words["attributes"] = [[] for _ in names["attributes"]]
     return PretrainingSet(
@@ -782,26 +757,7 @@ def pretraining_set(args, data, tokenizer):
         named_share=args.mask_named, words=words if args.grid_word_loss else None)
 
 
-def rate_of(args, decay):
-    """What the learning rates are multiplied by: warm-up times cosine, or decay(step, progress).
-    progress: the share of the training that is done, 0 .. 1.
-    """
-    def rate(step, progress):
-        warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-        if args.schedule == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return warm * decay(step, progress)
-
-    return rate
-
-
-def last_third(step, progress):
-    """DETR's decay: the last third of the training at a tenth of the rate."""
-    return 0.1 if progress >= 2 / 3 else 1.0
-
-
 def pretrain(args, state):
-    weights = loss_weights(args.loss_weights, args.without, args.grid_word_loss)
     run = Run(args, state)
     if args.mini and not os.path.exists(args.data):
         print0(f"writing the miniature world to {args.data}")
@@ -824,10 +780,8 @@ def pretrain(args, state):
 
     backbone = list(model.backbone.resnet.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.resnet")]
-    per_epoch = len(data["train"]) / args.batch_size
-    steps = args.steps or math.ceil(args.epochs * per_epoch)
     optimizer = run.set_up(model, tokenizer, names, [(rest, args.lr), (backbone, args.lr_backbone)],
-                           steps, per_epoch)
+                           len(data["train"]))
     if args.compile:
         # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
         torch._dynamo.config.optimize_ddp = False
@@ -835,42 +789,28 @@ def pretrain(args, state):
         model.compile()
     loader = run.loader(pretraining_set(args, data, tokenizer), data["train"].sizes,
                         functools.partial(collate, pad=tokenizer.pad, stride=args.stride))
-    size = {"short": max(args.short_sides), "long": args.long_side}
+    weights = loss_weights(args.loss_weights, args.without, args.grid_word_loss)
     probes = prepare_probes(tokenizer, names, val) if val else None
 
     def validate():
         if not val:
             return
-        measures = measure_with_blind(
-            model, tokenizer, names, val, probes, device=run.device, amp=args.amp == "bf16",
-            batch_size=run.micro_batch, workers=args.workers, rank=run.rank, world=run.world,
-            **size)
-        run.log({"step": run.step, "epoch": run.step / per_epoch, **measures})
-        if run.rank == 0:
-            draw_curves([args.output], os.path.join(args.output, "curves.png"))
-            draw_sheet(os.path.join(args.output, "sheet.png"), model, tokenizer, names, val[:12],
-                       without=args.without, device=run.device, **size)
-        print0(summary(measures, len(val), args.output))
+        measures = measure_with_blind(model, tokenizer, names, val, probes, **run.evaluation)
+        run.log({"step": run.step, "epoch": run.step / run.per_epoch, **measures})
+        if run.rank > 0:
+            return
+        draw_curves([args.output], os.path.join(args.output, "curves.png"))
+        draw_sheet(os.path.join(args.output, "sheet.png"), model, tokenizer, names, val[:12],
+                   args.without, device=run.device, short=max(args.short_sides),
+                   long=args.long_side)
+        for key, value in measures.items():
+            if key.startswith("val_"):
+                blind = measures.get(key.replace("val_", "blind_"), math.nan)
+                print0(f"  {key} {value:.3f} (blind {blind:.3f})")
+        print0(f"see {args.output}/curves.png and sheet.png")
 
-    return train(run, Pretraining(model), loader, optimizer, weights, rate_of(args, last_third),
-                 validate, lambda step: args.val_every and step % args.val_every == 0)
-
-
-def summary(measures, images, folder):
-    """One sentence: what the model learnt, a blind model's figures beside it, where to look."""
-    texts = (("mlm_accuracy_visual", "it guesses {} of the masked words that the image decides"),
-             ("itm_accuracy", "tells its own sentences from others at {}"),
-             ("itm_accuracy_foil", "and from those with one wrong word at {}"),
-             ("AP50", "finds objects with an AP50 of {}"),
-             ("AP50_no_sentence", "without a sentence {}"),
-             ("attribute_accuracy", "names {} of their attributes"),
-             ("caption_objects", "and {} of its captions name only what is there"))
-    parts = []
-    for name, text in texts:
-        if f"val_{name}" in measures:
-            seen, blind = measures[f"val_{name}"], measures.get(f"blind_{name}", 0.0)
-            parts.append(text.format(f"{seen:.2f} (blind {blind:.2f})"))
-    return f"On {images} held-out images {', '.join(parts)}; see {folder}/curves.png and sheet.png"
+    return train(run, Pretraining(model), loader, optimizer, weights, last_third, validate,
+                 lambda step: args.val_every and step % args.val_every == 0)
 
 
 def main(argv=None):

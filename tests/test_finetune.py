@@ -192,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_tuned_is_one_line(pretrained, world, tmp_pa
 
 @pytest.mark.parametrize("flags,says", [
     (["--task", "vqa"], "give --task and --init"), (["--init", "none"], "give --task and --init"),
-    (["--task", "vqa", "--resume", "auto"], "so give --init too"),
+    (["--task", "vqa", "--resume", "auto"], "give --task and --init"),
     (["--task", "vqa", "--init", "FILE", "--width", "64"], "--width 64: "),
     (["--task", "flickr30k", "--init", "FILE", *SMALL, "--negatives", "4"],
      "--negatives 4: are drawn from what a process holds at once, 4 images"),

@@ -21,7 +21,7 @@ import pretrain
 from data import Tokenizer
 from evaluate import predict
 from finetune import FineTuning, TaskSet, collate_task
-from matcher import LOSS_WEIGHTS, set_loss, to_device
+from matcher import LOSS_WEIGHTS, to_device
 from pretrain import Pretraining
 from tasks import TASKS, make_task
 
@@ -66,22 +66,6 @@ def test_a_step_of_pretraining_is_the_cpus(sizes):
     losses, gradients = step(Pretraining(small_model()), batch, DEVICE, amp=True)
     close(losses, expected, rtol=0.05, atol=0.02)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-
-
-@gpu
-def test_the_set_loss_and_its_gradient_are_the_cpus():
-    batch, results = small_batch(), []
-    with torch.no_grad():
-        objects = small_model()(batch)["objects"]
-    for device in (DEVICE, "cpu"):
-        tensors = tree_map_only(torch.Tensor, lambda x: x.clone().requires_grad_(),
-                                to_device(objects, device))
-        losses = set_loss(tensors, to_device(batch["targets"], device))
-        sum(losses.values()).backward()
-        results.append({**losses, "boxes": tensors["boxes"].grad,
-                        "attributes": tensors["attributes"].grad,
-                        **{source: x.grad for source, x in tensors["logits"].items()}})
-    close(*results, rtol=1e-4, atol=1e-5)
 
 
 @gpu

