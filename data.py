@@ -291,7 +291,7 @@ def file_finder(folder):
     return find
 
 
-def read_coco(path, folder, names=None, complete=False, say=print):
+def read_boxes(path, folder, names=None, complete=False, say=print):
     """A file of boxes in COCO's format, without crowd regions: ({image id: Example}, the
     categories' names, by id, {image id: Flickr's number}).
 
@@ -302,7 +302,7 @@ def read_coco(path, folder, names=None, complete=False, say=print):
     find = file_finder(folder)
     left_out = Counter()
     examples, photographs = {}, {}
-    other_size = []
+    missing, other_size = [], []
     file_names = {}
     for image in tqdm(instances.images, "image sizes", disable=None, leave=False):
         if file_names.setdefault(image.id, image.file_name) != image.file_name:
@@ -313,7 +313,7 @@ def read_coco(path, folder, names=None, complete=False, say=print):
             if complete:
                 raise InputError(f"{folder}/{image.file_name}: is not there, but in {path}; a "
                                  "score needs all images")
-            left_out[f"images that are not in {folder}"] += 1
+            missing.append(image.file_name)
             continue
         # Boxes are for the pixels as stored, or for the image as a camera's rotation (EXIF) turns
         # it: the record's size tells which.
@@ -327,6 +327,9 @@ def read_coco(path, folder, names=None, complete=False, say=print):
         photograph = re.search(r"/(\d{1,18})_[^/]*$", image.flickr_url)
         if photograph:
             photographs[image.id] = int(photograph[1])
+    if missing:
+        say(f"{path}: left out {len(missing)} images that are not in {folder}, the first is "
+            f"{missing[0]}")
     if other_size:
         raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
                          f"files, so boxes would be wrong; the first: {other_size[0]}")
@@ -373,11 +376,11 @@ def add_captions(examples, path):
         example.captions = len(example.sentences)
 
 
-def read_official_coco(data, split, names=None, say=print):
-    """`read_coco` of COCO 2017's "train" or "val", with captions."""
+def read_coco(data, split, say=print, names=None):
+    """`read_boxes` of COCO 2017's "train" or "val", with captions."""
     folder = f"{data}/coco/annotations"
-    found = read_coco(f"{folder}/instances_{split}2017.json", f"{data}/coco/{split}2017", names,
-                      say=say)
+    found = read_boxes(f"{folder}/instances_{split}2017.json", f"{data}/coco/{split}2017", names,
+                       say=say)
     add_captions(found[0], f"{folder}/captions_{split}2017.json")
     return found
 
@@ -385,7 +388,8 @@ def read_official_coco(data, split, names=None, say=print):
 def read_pairs(path, folder, split, say=print):
     """Images with captions of one's own, those of "train", "val" or "test": [Example]; an image's
     name is its id. A CSV file with the header image,caption[,split], or JSON lines of the same
-    words. Without a split one in ten images is of val, chosen by a hash of its name.
+    words. Without a split one in ten images is of val, chosen by a hash of its name. folder: of the
+    images; None: they are not needed.
     """
     text = read_text(path, "images with captions")
     pairs = []
@@ -400,7 +404,7 @@ def read_pairs(path, folder, split, say=print):
         raise InputError(f"{path}: after {len(pairs)} rows: {error}; a row has image, caption and "
                          "perhaps split (train, val or test), in CSV as its first line says"
                          ) from None
-    find = file_finder(folder)
+    find = file_finder(folder) if folder else str
     left_out = Counter()
     examples = {}
     for pair in pairs:
@@ -434,6 +438,12 @@ def read_names(path):
         for name in line.split(","):
             number_of.setdefault(name.strip(), number)
     return lines, number_of
+
+
+def name_of(names, source, number):
+    """The name of a class or attribute; only Visual Genome's have synonyms, after a comma."""
+    name = names[source][number]
+    return name if source == "coco" else name.split(",")[0]
 
 
 def known_names(names, number_of):
@@ -544,8 +554,8 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     train, val, vg_only = {}, {}, []
     leaking = 0
     if "coco" in sets:
-        train, names["coco"], photographs = read_official_coco(data, "train", say=say)
-        val, _, _ = read_official_coco(data, "val", names["coco"], say=say)
+        train, names["coco"], photographs = read_coco(data, "train", say)
+        val, _, _ = read_coco(data, "val", say, names["coco"])
         for number in list(train):
             if number in coco_out or photographs.get(number) in flickr_out:
                 coco_out.add(number)  # Visual Genome may know it by this number alone
@@ -734,7 +744,8 @@ def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
             fewest, fewest_boxes = counts.most_common()[-1]
             without = [name for label, name in enumerate(names[source]) if label not in counts]
             say(f"  {len(names[source]):,} classes; boxes a class: from {fewest_boxes:,} "
-                f"({names[source][fewest]}) to {most_boxes:,} ({names[source][most]})"
+                f"({name_of(names, source, fewest)}) to {most_boxes:,} "
+                f"({name_of(names, source, most)})"
                 + (f"; none of {', '.join(without[:10])}" if without else ""))
     if in_image:
         say(f"  boxes an image: {np.mean(in_image):.1f} in the mean, {max(in_image)} at most; "
@@ -1060,20 +1071,21 @@ def command(script, work):
 # The command: what is there for pre-training
 
 
-def add_source_flags(parser):
-    """What all commands have that read data: where it lies."""
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR", help="folder with the official files")
-    g.add_argument("--index", metavar="DIR",
-                   help="the data's index (default: .index beside the data)")
-    g.add_argument("--pairs", metavar="FILE",
-                   help="images with captions of your own, .csv or .jsonl: image, caption[, split]")
-    g.add_argument("--images", metavar="DIR", dest="pairs_images", help="the images of --pairs")
+def add_source_flags(group):
+    """What all commands that train have: where their data lies."""
+    group.add_argument("--data", default="data", metavar="DIR", help="folder of official files")
+    group.add_argument("--index", metavar="DIR",
+                       help="folder of the data's index (default: .index beside the data)")
+    group.add_argument("--pairs", metavar="FILE", help="images with captions of your own, .csv or "
+                       ".jsonl: image, caption and perhaps split")
+    group.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")
+
+
+def add_box_flags(group):
     for split in ("train", "val"):
-        g.add_argument(f"--{split}-annotations", metavar="FILE",
-                       help="boxes of your own in COCO's format")
-        g.add_argument(f"--{split}-images", metavar="DIR", help="their images")
-    return g
+        group.add_argument(f"--{split}-annotations", metavar="FILE",
+                           help="boxes of your own in COCO's format")
+        group.add_argument(f"--{split}-images", metavar="DIR", help="their images")
 
 
 def main(argv=None):
@@ -1081,6 +1093,7 @@ def main(argv=None):
         description="Say what there is to train on, and what was left out and why.",
         formatter_class=HelpFormatter)
     add_source_flags(parser)
+    add_box_flags(parser)
 
     def work():
         args = parser.parse_args(argv)
@@ -1088,7 +1101,7 @@ def main(argv=None):
         for split in ("train", "val"):
             path = getattr(args, f"{split}_annotations")
             if path:
-                examples, names, _ = read_coco(path, getattr(args, f"{split}_images"), names)
+                examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"), names)
                 describe(split, examples.values(), {"coco": names})
         if names:
             return

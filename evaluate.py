@@ -32,12 +32,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
 from data import (FORMATS, HelpFormatter, InputError, Tokenizer, command,
                   decodable, gather, ignore_signals, init_processes, load_image, mask_tokens,
-                  mean_image, number, other_sentence, pad_images, pad_tokens, pretraining_index,
-                  print0, read_text, resized, to_pixels, to_rgb)
+                  mean_image, name_of, number, other_sentence, pad_images, pad_tokens,
+                  pretraining_index, print0, read_text, resized, to_pixels, to_rgb)
 from matcher import boxes_in_pixels, detection_target, hungarian_match, to_device
 from model import build_model, load_checkpoint
 from tasks import TASKS, best_classes, detection_scores, make_task
@@ -53,9 +54,9 @@ class EvaluationSet(Dataset):
         """mean: a PIL image shown in place of each (a blind model sees that)."""
         self.examples, self.short, self.long, self.mean = examples, short, long, mean
 
-    def pixels(self, file):
+    def pixels(self, file, upright):
         try:
-            image = load_image(file, self.short, self.long)
+            image = load_image(file, self.short, self.long, upright)
         except Exception as error:
             raise InputError(f"{file}: cannot be decoded ({error}); a score needs every image, "
                              "mend it") from None
@@ -64,7 +65,9 @@ class EvaluationSet(Dataset):
         return to_pixels(image, self.short, self.long)
 
     def __getitem__(self, numbers):
-        images = [[self.pixels(file) for file in self.examples[i].files] for i in numbers]
+        asked = [self.examples[i] for i in numbers]
+        images = [[self.pixels(file, example.upright) for file in example.files]
+                  for example in asked]
         return numbers, *pad_images([image for side in zip(*images) for image in side])
 
 
@@ -132,7 +135,9 @@ class Grounding:
     def __init__(self, names, examples):
         """names: a name's synonyms after commas; examples show which attributes go together."""
         self.source = "vg" if names["vg"] else "coco"
-        self.labels = [line.split(",") for line in names[self.source]]
+        # Only Visual Genome's word lists have synonyms
+        self.labels = [line.split(",") if self.source == "vg" else [line]
+                       for line in names[self.source]]
         self.attributes = [line.split(",") for line in names["attributes"]]
         self.object_of = self.by_name(self.labels)
         self.attribute_of = self.by_name(self.attributes)
@@ -335,6 +340,33 @@ def average_precision(examples, results, classes):
     return scores["AP"], scores["AP50"]
 
 
+def duplicates_and_missed(examples, results):
+    """Two counts for each annotated object, of predictions with a score over 0.5: those that find
+    again what a surer one has found (same class, IoU over 0.5), and objects that none finds. A
+    detector that learns from a set finds each object once; AP hardly tells, since it asks for the
+    surest predictions first.
+    """
+    sure = defaultdict(list)
+    for result in sorted(results, key=lambda result: -result["score"]):
+        if result["score"] > 0.5:
+            sure[result["image_id"]].append(result)
+    objects = duplicates = missed = 0
+    for i, example in enumerate(examples):
+        found = sure[i]
+        boxes = torch.tensor([result["bbox"] for result in found]).view(-1, 4)
+        labels = torch.tensor([result["category_id"] for result in found])
+        true_boxes = boxes_in_pixels(torch.tensor(example.coco.boxes).view(-1, 4), example.size)
+        true_labels = torch.tensor(example.coco.labels)
+        corners, true_corners = (box_convert(b, "xywh", "xyxy") for b in (boxes, true_boxes))
+
+        again = (box_iou(corners, corners) > 0.5) & (labels[:, None] == labels)
+        duplicates += again.tril(-1).any(1).sum().item()
+        hits = (box_iou(true_corners, corners) > 0.5) & (true_labels[:, None] == labels)
+        missed += (~hits.any(1)).sum().item()
+        objects += len(true_boxes)
+    return duplicates / max(1, objects), missed / max(1, objects)
+
+
 def attributes_right(objects, batch):
     """Of each annotated object of Visual Genome with k attributes, how many are among the k most
     likely of the query that matches its box, divided by k.
@@ -360,13 +392,21 @@ def attributes_right(objects, batch):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=False, blind=False,
-            rank=0, world=1, **loading):
+def measure(model, tokenizer, names, examples, probes, *, without=(), device="cpu", amp=False,
+            blind=False, rank=0, world=1, **loading):
     """All measures on held-out examples: {"mlm_accuracy": ..., ...} as fractions. Collective: each
-    process does its share. probes: of `prepare_probes`; loading: of `evaluation_batches`.
+    process does its share. probes: of `prepare_probes`; without: the losses that training left out,
+    whose measures are left out too; loading: of `evaluation_batches`.
     """
     model.eval()
     grounding, asked, mean = probes
+    kinds = {"mlm": "mlm_accuracy", "visual": "mlm_accuracy_visual", "itm": "itm_accuracy",
+             "foil": "itm_accuracy_foil"}
+    if "mlm" in without:
+        del kinds["mlm"], kinds["visual"]
+    if "itm" in without:
+        del kinds["itm"], kinds["foil"]
+    detects = names["coco"] and "detection" not in without
     tally = defaultdict(list)  # measure -> how right (0 .. 1) each answer is; for AP the boxes
     batches = evaluation_batches(examples, range(len(examples)), rank=rank, world=world,
                                  mean=mean if blind else None, **loading)
@@ -375,23 +415,25 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
         batch_probes = [asked[i] for i in numbers]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_image(images.to(device), sizes.to(device), padded)
-            for kind, name in (("mlm", "mlm_accuracy"), ("visual", "mlm_accuracy_visual"),
-                               ("itm", "itm_accuracy"), ("foil", "itm_accuracy_foil")):
+            for kind, name in kinds.items():
                 tally[name] += probes_right(model, tokenizer, grid, batch_probes, kind)
 
-            # Objects, with a sentence and without
-            first = [tokenizer.encode(example.sentences[0]) for example in batch]
-            tokens = pad_tokens(first, tokenizer.pad).to(device)
-            objects = model.detect(model.encode(grid, tokens))
-            tally["AP"] += boxes_found(objects, numbers, examples)
-
+            # Objects, with the image's own sentence, with the next image's, and without
             alone = model.encode(grid)
-            objects = model.detect(alone)
-            tally["AP_no_sentence"] += boxes_found(objects, numbers, examples)
-            tally["attribute_accuracy"] += attributes_right(objects, batch)
+            if detects:
+                for name, further in (("AP", 0), ("AP_wrong_sentence", 1)):
+                    read = [examples[(i + further) % len(examples)].sentences[0] for i in numbers]
+                    tokens = pad_tokens([tokenizer.encode(text) for text in read], tokenizer.pad)
+                    objects = model.detect(model.encode(grid, tokens.to(device)))
+                    tally[name] += boxes_found(objects, numbers, examples)
+                objects = model.detect(alone)
+                tally["AP_no_sentence"] += boxes_found(objects, numbers, examples)
+                if "attributes" not in without:
+                    tally["attribute_accuracy"] += attributes_right(objects, batch)
 
             # Captions, by greedy search
-            for (pieces, _), example in zip(model.generate(alone), batch):
+            captions = [] if "caption" in without else model.generate(alone)
+            for (pieces, _), example in zip(captions, batch):
                 facts = grounding.facts(example)
                 if facts is not None:
                     caption = tokenizer.decode(pieces)
@@ -404,6 +446,9 @@ def measure(model, tokenizer, names, examples, probes, *, device="cpu", amp=Fals
         if name.startswith("AP"):
             precision = average_precision(examples, values, len(names["coco"]))
             measures[name], measures[name.replace("AP", "AP50")] = precision
+            shares_of_objects = duplicates_and_missed(examples, values)
+            for kind, value in zip(("duplicates", "missed"), shares_of_objects):
+                measures[name.replace("AP", kind)] = value
         elif values:
             measures[name] = sum(values) / len(values)
     return measures
@@ -463,7 +508,7 @@ class Predictor:
         if isinstance(image, Image.Image):
             return to_rgb(ImageOps.exif_transpose(image))
         try:
-            return load_image(image, upright=True)
+            return load_image(image)
         except Exception as error:  # Pillow raises many kinds
             raise InputError(f"{image}: cannot be read ({error}); images are of kind "
                              f"{', '.join(FORMATS)}") from None
@@ -506,8 +551,8 @@ class Predictor:
                 break
             # A box's attributes share one softmax, so k of them come to about 1 / k each
             likely = (attributes[q] > 0.15).nonzero().flatten().tolist()
-            names = [self.names["attributes"][a].split(",")[0] for a in likely]
-            found.append((q, {"label": self.names[self.labels][labels[q]].split(",")[0],
+            names = [name_of(self.names, "attributes", a) for a in likely]
+            found.append((q, {"label": name_of(self.names, self.labels, labels[q]),
                               "attributes": names if self.attributes else [],
                               "score": round(scores[q].item(), 4),
                               "box": [round(v, 1) for v in boxes[q].tolist()]}))
@@ -602,8 +647,8 @@ def true_objects(example, names, source):
         return []
     boxes = boxes_in_pixels(torch.tensor(objects.boxes).view(-1, 4), example.size).tolist()
     attributes = objects.attributes or [[]] * len(boxes)
-    return [{"label": names[source][label].split(",")[0], "box": box,
-             "attributes": [names["attributes"][a].split(",")[0] for a in its]}
+    return [{"label": name_of(names, source, label), "box": box,
+             "attributes": [name_of(names, "attributes", a) for a in its]}
             for label, box, its in zip(objects.labels, boxes, attributes)]
 
 
@@ -616,7 +661,7 @@ def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, lo
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     for n, example in enumerate(examples):
         left, right = (figure.add_subplot(rows, 4, 2 * n + side) for side in (1, 2))
-        image = load_image(example.files[0])
+        image = load_image(example.files[0], upright=example.upright)
         truth = true_objects(example, names, predictor.labels)
         show_objects(left, image, truth, f"true: {example.sentences[0]}")
         caption = predictor.caption(image) if "caption" in predictor.can else ""
@@ -695,6 +740,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--data", metavar="DIR", help="measure on a data folder (README: its tree)")
+    mode.add_argument("--pairs", metavar="FILE", help="measure on images with captions of your own")
+    mode.add_argument("--val-annotations", metavar="FILE", help="measure on boxes of your own")
     mode.add_argument("--image", nargs="+", help="files or folders: caption and objects of each")
     mode.add_argument("--score", metavar="FILE", help="score anybody's result file; no model")
     mode.add_argument("--curves", nargs="+", metavar="RUN", help="draw the curves of runs' folders")
@@ -706,7 +753,10 @@ def parse(argv):
     g = parser.add_argument_group("measures on a data set")
     g.add_argument("--task", choices=tuple(TASKS), help="the official scores of a task (default: "
                    "the one that the checkpoint is fine-tuned for)")
-    g.add_argument("--index", metavar="DIR", help="the data's index (default: DATA/.index)")
+    g.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")
+    g.add_argument("--val-images", metavar="DIR", help="those of --val-annotations")
+    g.add_argument("--index", metavar="DIR",
+                   help="folder of the data's index (default: .index beside the data)")
     g.add_argument("--split", help="train, val (default), test; vqa also test-dev. With --score: "
                    "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")
@@ -728,10 +778,13 @@ def parse(argv):
     g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, metavar="P",
                    help="objects: least probability")
     args = parser.parse_args(argv)
-    for flag, needed in (("data", "checkpoint"), ("image", "checkpoint"), ("score", "task"),
-                         ("score", "against"), ("curves", "output"), ("attention", "output")):
+    for flag, needed in (("data", "checkpoint"), ("pairs", "checkpoint"), ("pairs", "pairs_images"),
+                         ("val_annotations", "checkpoint"), ("val_annotations", "val_images"),
+                         ("image", "checkpoint"), ("score", "task"), ("score", "against"),
+                         ("curves", "output"), ("attention", "output")):
         if getattr(args, flag) and not getattr(args, needed):
-            raise InputError(f"--{flag}: needs --{needed}")
+            needed = needed.removeprefix("pairs_")
+            raise InputError(f"--{flag}: needs --{needed}".replace("_", "-"))
     try:  # now, not after hours
         if args.output:
             os.makedirs(args.output, exist_ok=True)
@@ -754,6 +807,14 @@ def run_data(args):
     return measure_pretrained(args, predictor, settings)
 
 
+def check_classes(found, known, source):
+    """Classes go by their names: InputError for one that the model does not know."""
+    unknown = [name for key in found for name in found[key] if name not in known[key]]
+    if unknown:
+        raise InputError(f"the class {unknown[0]!r} of the data is not one of {source}, which has "
+                         f"{', '.join(known['coco'])[:300]}")
+
+
 def score_task(args, predictor, settings):
     """The official scores of a task; with --submit also its result file."""
     trained, names = predictor.task, predictor.names
@@ -761,12 +822,14 @@ def score_task(args, predictor, settings):
     if name != trained and (trained or TASKS[name].new_head):
         raise InputError(f"--task {name}: {args.checkpoint} is "
                          f"{f'fine-tuned for {trained}' if trained else 'pre-trained only'}")
-    task = make_task(name, {**predictor.flags, "beam": args.beam, "meteor": True})
-    task.labels = names.get("answers", ())
+    own = {key: getattr(args, key) for key in ("pairs", "pairs_images", "val_annotations",
+                                               "val_images")}
+    task = make_task(name, {**predictor.flags, "train_annotations": None, **own, "beam": args.beam,
+                            "meteor": True})
+    task.labels, task.names = names.get("answers", ()), names
     split = args.split or "val"
     index = task.index(args.data, split, args.index, print0)
-    if any(index["names"][key] != names[key] for key in index["names"]):
-        raise InputError(f"--data {args.data}: has other classes than {args.checkpoint}")
+    check_classes(index["names"], names, args.checkpoint)
 
     examples = index["examples"][:args.examples]
     answers = predict(task, predictor.model, predictor.tokenizer, examples, **settings)
@@ -784,17 +847,21 @@ def measure_pretrained(args, predictor, settings):
     if args.submit or args.split:
         raise InputError("--submit and --split: need a --task")
     model, tokenizer, names = predictor.model, predictor.tokenizer, predictor.names
-    data = pretraining_index(args.data, predictor.flags["sets"], args.index, print0)
-    if data["names"] != {key: names[key] for key in data["names"]} or not data["val"]:
-        raise InputError(f"--data {args.data}: has no held-out images, or other classes or "
-                         f"attributes than {args.checkpoint}")
+    data = pretraining_index(args.data, predictor.flags["sets"], args.index, print0, args.pairs,
+                             args.pairs_images)
+    if not args.pairs and data["names"] != {key: names[key] for key in data["names"]}:
+        raise InputError(f"--data {args.data}: has other classes or attributes than "
+                         f"{args.checkpoint}")
+    if not data["val"]:
+        raise InputError(f"--data {args.data}: has no held-out images")
     examples = decodable(data["val"][:args.examples or 1000], print0)
     if args.output and settings["rank"] == 0:
         draw_sheet(f"{args.output}/sheet.png", model, tokenizer, names, examples[:12],
                    predictor.flags["without"], device=predictor.device, short=predictor.short,
                    long=predictor.long)
     probes = prepare_probes(tokenizer, names, examples)
-    return measure_with_blind(model, tokenizer, names, examples, probes, **settings)
+    return measure_with_blind(model, tokenizer, data["names"], examples, probes,
+                              without=predictor.flags["without"], **settings)
 
 
 def ask(predictor, image, args):
@@ -874,7 +941,7 @@ def main(argv=None):
             return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
         if args.image:
             found, code = run_images(args)
-        elif args.data is not None:
+        elif not args.score:
             found = run_data(args)
         else:
             task = make_task(args.task, {"meteor": True})

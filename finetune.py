@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, command, load_images, number,
-                  pad_images, pad_tokens, print0, to_pixels)
-from evaluate import draw_curves, predict
+from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, add_box_flags, command, describe,
+                  load_images, number, pad_images, pad_tokens, print0, to_pixels)
+from evaluate import check_classes, draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
 from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, new_model, parse_resumed,
@@ -68,7 +68,7 @@ class TaskSet(Dataset):
         epoch, index, draw = key
         rng = random.Random(f"{self.seed} {self.task.name} {epoch} {index}")
         short = self.short_sides[draw % len(self.short_sides)]
-        images, index, broken = load_images(lambda i: self.of_item(i)[0].files, index, len(self),
+        images, index, broken = load_images(lambda i: self.of_item(i)[0], index, len(self),
                                             short, self.long_side)
         examples = self.of_item(index)
         sentences = self.task.sentences(examples, self.K, rng)
@@ -134,6 +134,7 @@ def parse(argv):
                    help="epochs between two validations")
     g.add_argument("--val-examples", type=number(int, 0), default=0, metavar="N",
                    help="validate on the first ones only; 0: all")
+    add_box_flags(parser.add_argument_group("detection on boxes of your own"))
     g = parser.add_argument_group("flags of one task")
     for task in TASKS.values():
         task.add_flags(g)
@@ -178,9 +179,12 @@ def initial_model(args, task, names):
     if config.task not in ("", task.name):
         raise InputError(f"--init {args.init}: is fine-tuned for {config.task}; give a pre-trained "
                          "one")
-    for key in names:
-        if names[key] != state["names"].get(key, names[key]):
-            raise InputError(f"--data {args.data}: its {key} names are not those of {args.init}")
+    if "coco" in names and names["coco"] != state["names"]["coco"]:
+        print0(f"{len(names['coco'])} classes in place of the {len(state['names']['coco'])} of "
+               f"{args.init}: the class head starts anew, the rest is kept")
+        config = replace(config, classes={**config.classes, "coco": len(names["coco"])})
+        for part in ("weight", "bias"):
+            state["model"].pop(f"classes.coco.{part}", None)
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
     torch.manual_seed(args.seed)  # the same new weights in each process
     model = E2EVLP(replace(config, dropout=args.dropout, **more))
@@ -191,7 +195,12 @@ def initial_model(args, task, names):
 def finetune(args, state):
     run = Run(args, state)
     task = make_task(args.task, vars(args))
+    own = [flag for flag in ("pairs", "train_annotations", "val_annotations")
+           if getattr(args, flag) and not hasattr(task, flag)]
+    if own:
+        raise InputError(f"--{own[0].replace('_', '-')}: --task {task.name} does not read it")
     index = {split: task.index(args.data, split, args.index, print0) for split in ("train", "val")}
+    check_classes(index["val"]["names"], index["train"]["names"], "the training file")
     val = index["val"]["examples"]
     val = val[:args.val_examples] if args.val_examples else val
     names = dict(index["train"]["names"])
@@ -199,13 +208,14 @@ def finetune(args, state):
         model = build_model(state, args.resume)
         tokenizer = Tokenizer(state["vocabulary"], model.config.max_tokens)
         names = state["names"]
+        check_classes(index["train"]["names"], names, args.resume)
     else:
         names["answers"] = []
         if task.new_head:
             names["answers"] = task.choose_labels(index["train"]["targets"],
                                                   index["val"]["targets"])
         model, tokenizer, names = initial_model(args, task, names)
-    task.labels = names["answers"]
+    task.labels, task.names = names["answers"], names
     model.to(run.device)
 
     groups = {"rest": [], "head": [], "backbone": []}
@@ -224,6 +234,9 @@ def finetune(args, state):
     dataset = TaskSet(task, index["train"]["examples"], tokenizer, short_sides=args.short_sides,
                       long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
                       most=args.train_examples, seed=args.seed)
+    if run.rank == 0:
+        for split, examples in (("train", index["train"]["examples"]), ("val", val)):
+            describe(split, examples, names, model.config.queries, tokenizer, print0)
     print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, "
            f"{len(val)} to validate" + (f", {len(task.labels)} answers" if task.labels else ""))
     optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],
@@ -256,6 +269,11 @@ def finetune(args, state):
         scores = task.score([majority] * len(val), val, args.data, "val")
         print0(f"always {majority!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         run.log({"step": 0, "epoch": 0, **{f"majority_{k}": v for k, v in scores.items()}})
+
+    # What validation and scores need is tried on two examples now, not after hours
+    answers = predict(task, model, tokenizer, val[:2], **run.evaluation)
+    if run.rank == 0:
+        task.score(answers, val[:2], args.data, "val")
 
     def decay(step, progress):
         return 0.1 ** sum(step / per_epoch >= epoch for epoch in args.decay)

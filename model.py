@@ -133,6 +133,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.architecture = BACKBONES[config.backbone]
         self.frozen = config.frozen_batch_norm
+        self.stride = config.stride
         norm = FrozenBatchNorm if self.frozen else nn.BatchNorm2d
         resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
         channels = resnet.fc.in_features
@@ -179,6 +180,10 @@ class Backbone(nn.Module):
         """
         B, _, H0, W0 = images.shape
         device = images.device
+        if self.training and not self.frozen and B == 1 and max(H0, W0) <= self.stride:
+            raise InputError(f"a batch of one image of {H0} x {W0} pixels has one cell of "
+                             f"{self.stride}: batch norm has nothing to train on; give a larger "
+                             "--batch-size, or larger --short-sides")
         rows = torch.arange(H0, device=device)[:, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=device)[None] < sizes[:, 1, None, None]     # (B, 1, W0)
         mask = rows & columns                                                         # (B, H0, W0)
@@ -456,10 +461,10 @@ class E2EVLP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT), torchvision's
-        own for the ResNet. The queries begin as the positions of a square grid of places, and are
-        learned from there: begun at random (DETR), many start alike, and two that cannot be told
-        apart find the same object for long.
+        """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT),
+        torchvision's own for the ResNet. The queries begin as the positions of a square grid of
+        places, and are learned from there: of queries that begin at random (DETR) some are alike,
+        and two that cannot be told apart find the same object for long.
 
         Residual branches are scaled by 0.05. Else a dozen random post-norm layers first blur the
         image's cells into one another, and nothing is found until that is unlearnt (the idea is

@@ -37,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import shapes
-from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal,
-                  Tokenizer, all_sum, command, decodable, gather, ignore_signals,
-                  init_processes, load_images, mask_tokens, number, on_first_process,
-                  other_sentence, pad_images, pad_tokens, pretraining_index, print0, to_pixels)
+from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal, Objects,
+                  Tokenizer, add_source_flags, all_sum, command, decodable, describe, gather,
+                  ignore_signals, init_processes, load_images, mask_tokens, number,
+                  on_first_process, other_sentence, pad_images, pad_tokens, pretraining_index,
+                  print0, to_pixels)
 from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
 from matcher import LOSS_WEIGHTS, detection_target, loss_normalizers, set_loss, to_device
 from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
@@ -70,7 +71,7 @@ class PretrainingSet(Dataset):
         epoch, index, draw = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
         short = self.short_sides[draw % len(self.short_sides)]
-        (image,), index, broken = load_images(lambda i: self.examples[i].files, index,
+        (image,), index, broken = load_images(self.examples.__getitem__, index,
                                               len(self.examples), short, self.long_side)
         example = self.examples[index]
         item = {"image": to_pixels(image, short, self.long_side), "tokens": [], "mlm_labels": [],
@@ -94,9 +95,10 @@ class PretrainingSet(Dataset):
             item["captions"].append(caption)
         item["no_sentence"] = rng.random() < self.without_sentence
 
-        # An image in both sets draws anew whose annotation it trains
-        source = rng.choice([name for name in ("coco", "vg") if getattr(example, name) is not None])
-        objects = getattr(example, source)
+        # An image in both sets draws anew whose annotation it trains; one in none has no objects
+        annotated = [name for name in ("coco", "vg") if getattr(example, name) is not None]
+        source = rng.choice(annotated or ["coco"])
+        objects = getattr(example, source) or Objects([], [])
         item["target"] = detection_target(source, objects, self.num_attributes)
         if self.words is not None:
             item["words"] = [list(self.words[source][label]) for label in objects.labels]
@@ -264,7 +266,7 @@ def grid_word_loss(logits, batch):
 def loss_weights(changed=(), without=(), grid_word=0.0):
     """How much each named loss counts in the sum (Eq. 3; DETR's weights inside L_v).
 
-    changed: {name of a loss: another weight}; without: the tasks that are left out; grid_word:
+    changed: [(name of a loss, another weight)]; without: the tasks that are left out; grid_word:
     --grid-word-loss.
     """
     weights = {"loss_mlm": 1.0, "loss_itm": 1.0, "loss_caption": 1.0, **LOSS_WEIGHTS}
@@ -576,8 +578,8 @@ MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128,
 MINI_LOADING = dict(data="data/mini", short_sides=[64], long_side=96, workers=1)
 MINI = dict(**MINI_MODEL, **MINI_LOADING, sentences_per_picture=4, minutes=18.5, epochs=40, lr=1e-3,
             lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, mask_named=0.5,
-            loss_weights={"loss_mlm": 8.0, "loss_itm": 8.0, "loss_caption": 2.0,
-                          "loss_attribute": 2.0},
+            loss_weights=[("loss_mlm", 8.0), ("loss_itm", 8.0), ("loss_caption", 2.0),
+                          ("loss_attribute", 2.0)],
             grid_word_loss=8.0, val_pictures=200, val_every=500, output="runs/mini",
             checkpoint_minutes=5.0)
 
@@ -585,6 +587,15 @@ COUNT = number(int, 1, 10**6)
 COUNT_OR_0 = number(int, 0, 10**9)
 SHARE = number(float, 0, 1)
 AMOUNT = number(float, 0, 1e9)
+
+
+def named_weight(text):
+    """An argparse type: "mlm=3" -> ("loss_mlm", 3.0)."""
+    name, _, value = text.partition("=")
+    name = f"loss_{name}"
+    if name not in loss_weights():
+        raise argparse.ArgumentTypeError(f"{text}: must be NAME=WEIGHT")
+    return name, AMOUNT(value)
 
 
 def multiple_of_4(text):
@@ -602,8 +613,7 @@ def shared_flags(usage, description):
                         help="other defaults: those of the miniature world")
 
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data", metavar="DIR", help="folder with the official files")
-    g.add_argument("--index", metavar="DIR", help="the data's index (default: DATA/.index)")
+    add_source_flags(g)
     g.add_argument("--vocab", metavar="FILE", help="word pieces (default: DATA/vocab.txt)")
     g.add_argument("--short-sides", nargs="+", type=number(int, 32, 10000), metavar="PIXELS",
                    default=list(SHORT_SIDES), help="scale augmentation: each batch draws one")
@@ -640,6 +650,8 @@ def shared_flags(usage, description):
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
                    help="step: x 0.1 for the last third (fine-tuning: after the task's epochs)")
     g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
+    g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
     g.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="of all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N or mps")
@@ -658,9 +670,7 @@ def shared_flags(usage, description):
     g.add_argument("--timeout", type=number(float, 0.01, 1e6), default=60, metavar="MINUTES",
                    help="a process may keep the others waiting so long, first reading included")
 
-    # Settings without a flag: the longest wavelength of positions, the largest norm of the
-    # gradient, AdamW's weight decay
-    parser.set_defaults(temperature=10000.0, clip=0.1, weight_decay=1e-4)
+    parser.set_defaults(temperature=10000.0)  # longest wavelength of positions, without a flag
     return parser
 
 
@@ -679,6 +689,9 @@ def parse(argv):
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
                    help="leave out (Table 3): mlm itm detection attributes caption")
+    g.add_argument("--loss-weights", nargs="+", type=named_weight, default=[],
+                   metavar="NAME=WEIGHT",
+                   help="instead of 1 and DETR's: mlm itm caption class bbox giou attribute")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--val-every", type=COUNT_OR_0, default=5000, metavar="STEPS",
                    help="between two validations; 0: only one, at the end")
@@ -689,7 +702,6 @@ def parse(argv):
                    help="of masked words, among those that name an object or attribute")
     g.add_argument("--grid-word-loss", type=AMOUNT, default=0, metavar="WEIGHT",
                    help="ask the cell at an object's centre for the object's words; 0: off")
-    parser.set_defaults(loss_weights={})  # instead of 1 and DETR's
     if parser.parse_args(argv).mini:
         parser.set_defaults(**MINI)
     return parse_resumed(parser, argv, fixed=(*MODEL_FLAGS, "backbone_weights", "vocab", "sets"))
@@ -697,7 +709,7 @@ def parse(argv):
 
 def parse_resumed(parser, argv, fixed):
     """The last layer of defaults: those of the run that --resume names. fixed: flags that it keeps,
-    beside seed and batch.
+    beside seed, batch and weight decay.
     """
     args = parser.parse_args(argv)
     last = os.path.join(args.output, "last.pt")
@@ -715,7 +727,7 @@ def parse_resumed(parser, argv, fixed):
     args.resume = path
     if os.path.realpath(args.output) != os.path.realpath(folder):
         raise InputError(f"--output {args.output}: a resumed run stays in its folder, {folder}")
-    for flag in (*fixed, "seed", "batch_size"):
+    for flag in (*fixed, "seed", "batch_size", "weight_decay"):
         if getattr(args, flag) != state["args"].get(flag):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run "
                              f"has {state['args'].get(flag)}; leave the flag away")
@@ -762,11 +774,12 @@ def pretrain(args, state):
     if args.mini and not os.path.exists(args.data):
         print0(f"writing the miniature world to {args.data}")
         on_first_process(lambda: shapes.write_world(args.data, flag="--data"))
-    data = pretraining_index(args.data, args.sets, args.index, print0)
+    if args.pairs and not {"detection", "attributes"}.issubset(args.without):
+        raise InputError("--pairs: has no boxes; give --without detection attributes")
+    data = pretraining_index(args.data, args.sets, args.index, print0, args.pairs,
+                             args.pairs_images)
     names = data["names"]
     val = decodable(data["val"][:args.val_pictures], print0)
-    print0(f"{len(data['train'])} images with {data['sentences']} sentences to train on, "
-           f"{len(val)} held out")
     if state is None:
         tokenizer = Tokenizer(args.vocab or f"{args.data}/vocab.txt")
         model = new_model(args, tokenizer, names)
@@ -777,6 +790,9 @@ def pretrain(args, state):
         tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
         model = build_model(state, args.resume)
     model.to(run.device)
+    if run.rank == 0:
+        for split, examples in (("train", data["train"]), ("val", val)):
+            describe(split, examples, names, model.config.queries, tokenizer, print0)
 
     backbone = list(model.backbone.resnet.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.resnet")]
@@ -795,7 +811,8 @@ def pretrain(args, state):
     def validate():
         if not val:
             return
-        measures = measure_with_blind(model, tokenizer, names, val, probes, **run.evaluation)
+        measures = measure_with_blind(model, tokenizer, names, val, probes, without=args.without,
+                                      **run.evaluation)
         run.log({"step": run.step, "epoch": run.step / run.per_epoch, **measures})
         if run.rank > 0:
             return

@@ -30,9 +30,9 @@ from msgspec import Meta, Struct
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy,
-                  load_or_build_index, number, pad_tokens, parse_json, read_coco, read_json,
-                  read_text, safe_name)
+from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
+                  load_or_build_index, number, pad_tokens, parse_json, read_boxes, read_json,
+                  read_pairs, read_text, safe_name)
 from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
 
 TASKS = {}
@@ -90,7 +90,8 @@ class Task:
     blind_examples = 1000             # so many, the first ones, are asked blind too
     Result = Result                   # a record of its result file: id, answer
     labels = ()                       # the classifier's answers, in the order of its outputs
-    names = {}                        # {"coco": [...]}: what classes of the model `read` has met
+    names = {}                        # {"coco": [...]}: the names of the model's classes
+    names_read = {}                   # those of the data, if `read` has met any
 
     @classmethod
     def add_flags(cls, group):
@@ -114,15 +115,24 @@ class Task:
         """The right answer as a string; None where it is not known, or is not one answer."""
         return None if example.target is None else str(example.target)
 
+    def own_files(self, split):
+        """The files and folders of one's own that `read` reads in place of the official ones."""
+        return ()
+
     def index(self, data, split, folder=None, say=print):
-        """`read` by the index: {"examples", "targets": {answer: how many}, "names"}."""
+        """`read` by the index: {"examples", "targets": {answer: how many}, "names": of classes}."""
         def read(say):
             examples = self.read(data, split, say)
             targets = Counter(map(self.answer_of, examples))
             targets.pop(None, None)
-            return {"examples": examples, "targets": targets, "names": self.names}
+            return {"examples": examples, "targets": targets, "names": self.names_read}
 
-        return load_or_build_index(data, folder, f"{self.name}-{split}", read, say)
+        own = self.own_files(split)
+        kind = f"{self.name}-{split}"
+        if own:
+            data = os.path.dirname(own[0]) or "."
+            kind += f"-{os.path.basename(own[0])}"
+        return load_or_build_index(data, folder, kind, read, say, own)
 
     def choose_labels(self, train_targets, val_targets):
         """The classifier's answers, from {answer: number of examples}."""
@@ -286,12 +296,17 @@ def normalise_answer(text):
 
 
 def vqa_accuracy(answer, people):
-    """0 .. 1: an answer against each nine of ten people's; three of them agreeing make it right."""
+    """0 .. 1: an answer against each nine of ten people's; three of them agreeing make it right.
+    Beside one person's answer it is right if it is the same.
+    """
     answer, *people = (text.replace("\n", " ").replace("\t", " ").strip()
                        for text in (answer, *people))
-    if len(set(people)) > 1:  # if all agree nothing is normalised: "Yes." is wrong beside "yes"
+    # If all agree nothing is normalised: "Yes." is wrong beside "yes"
+    if len(set(people)) > 1 or len(people) == 1:
         answer, *people = map(normalise_answer, (answer, *people))
     agree = sum(p == answer for p in people)
+    if len(people) == 1:  # then nobody else could agree
+        return float(agree)
     return sum(min(1, (agree - (p == answer)) / 3) for p in people) / len(people)
 
 
@@ -325,6 +340,10 @@ class VQA(Task):
             annotated = {example.id: example for example in self.truth(path, split)}
             asked = [q.question_id for q in questions]
             check_ids(path, list(annotated), asked, annotated)
+            alone = sum(len(example.answers) == 1 for example in annotated.values())
+            if alone:
+                say(f"{path}: {alone} questions have one answer; they are scored by whether the "
+                    "model's is the same, not by VQA's measure, which needs several")
         examples = []
         for q in questions:
             example = annotated.get(q.question_id) or Example(q.question_id)
@@ -352,9 +371,10 @@ class VQA(Task):
 
     def target(self, example):
         target = np.zeros(len(self.labels), np.float32)
+        share = 0.3 if len(example.answers) > 1 else 1.0
         for answer, n in Counter(map(normalise_answer, example.answers)).items():
             if answer in self.labels:
-                target[self.labels.index(answer)] = min(1.0, 0.3 * n)
+                target[self.labels.index(answer)] = min(1.0, share * n)
         return target
 
     def losses(self, model, batch, normalizers):
@@ -456,12 +476,26 @@ class NLVR2(Task):
 # Captioning
 
 
+@dataclass
 class Captioned(Task):
-    """Examples are images with their captions, of Karpathy's files: what captioning and retrieval
-    share.
+    """Examples are images with their captions, of Karpathy's files or of one's own (pairs): what
+    captioning and retrieval share.
     """
 
+    pairs: str | None = None         # --pairs, see data.read_pairs
+    pairs_images: str | None = None  # --images
+
+    def own_files(self, split):
+        return (self.pairs, self.pairs_images) if self.pairs else ()
+
+    def read(self, data, split, say=print):
+        if self.pairs:
+            return read_pairs(self.pairs, self.pairs_images, split, say)
+        return self.read_official(data, split)
+
     def truth(self, path, split):
+        if path.endswith((".csv", ".jsonl")):
+            return read_pairs(path, None, split)
         examples = []
         for image in read_json(path, Karpathy, "Karpathy's splits").images:
             if image.split.replace("restval", "train") == split:
@@ -527,7 +561,7 @@ def caption_scores(results, references, meteor=False):
 
 
 class CaptionResult(Struct):
-    image_id: Id
+    image_id: Id | str  # of pairs the image's name
     caption: str
 
 
@@ -551,15 +585,16 @@ class Captioning(Captioned):
     Result = CaptionResult
 
     def truth(self, path, split):
-        """Of Karpathy's file, or of COCO's captions_*.json, which has one split."""
-        if "annotations" not in read_json(path, dict[str, msgspec.Raw], "the score"):
+        """Of Karpathy's file, of pairs, or of COCO's captions_*.json, which has one split."""
+        if path.endswith((".csv", ".jsonl")) or \
+                "annotations" not in read_json(path, dict[str, msgspec.Raw], "the score"):
             return super().truth(path, split)
         captions = defaultdict(list)
         for annotation in read_json(path, CocoCaptions, "the score").annotations:
             captions[annotation.image_id].append(annotation.caption)
         return [Example(i, sentences=sentences) for i, sentences in captions.items()]
 
-    def read(self, data, split, say=print):
+    def read_official(self, data, split):
         examples = self.truth(f"{data}/coco/dataset_coco.json", split)
         for example in examples:
             example.files = [coco_file(data, example.id)]
@@ -653,7 +688,7 @@ class Retrieval(Captioned):
     mini = dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
 
-    def read(self, data, split, say=print):
+    def read_official(self, data, split):
         examples = self.truth(f"{data}/flickr30k/dataset_flickr30k.json", split)
         for example in examples:
             example.files = [f"{data}/flickr30k/flickr30k-images/{example.id}"]
@@ -742,7 +777,7 @@ def detection_scores(results, truth, image_ids=None):
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
-        coco.dataset = truth
+        coco.dataset = {"info": {}, **truth}
         coco.createIndex()
         found = coco.loadRes(results) if results else COCO()  # loadRes fails on an empty list
         evaluation = COCOeval(coco, found, "bbox")
@@ -769,6 +804,10 @@ class Detection(Task):
 
     text: str = flag("caption", choices=("caption", "none"),
                      help="the sentence that detection is given")
+    train_annotations: str | None = None  # boxes of one's own, see data.add_box_flags
+    train_images: str | None = None
+    val_annotations: str | None = None
+    val_images: str | None = None
 
     name = "detection"
     new_head = False
@@ -781,9 +820,31 @@ class Detection(Task):
         return ["backbone", *sentence, "encoder", "decoder", "query_positions", "classes.coco",
                 "box"]
 
+    def own_files(self, split):
+        annotations = getattr(self, f"{split}_annotations", None)
+        images = getattr(self, f"{split}_images", None)
+        if not (self.train_annotations or self.val_annotations):
+            return ()
+        if not (annotations and images):
+            raise InputError(f"--{split}-annotations and --{split}-images: both are needed with "
+                             "boxes of one's own")
+        if self.text == "caption":
+            raise InputError("--text caption: boxes of one's own have no captions; give --text "
+                             "none")
+        return annotations, images
+
+    def annotations_path(self, data, split):
+        own = self.own_files(split)
+        return own[0] if own else f"{data}/coco/annotations/instances_{split}2017.json"
+
     def read(self, data, split, say=print):
-        examples, names, _ = read_coco(data, split, say)
-        self.names = {"coco": names}
+        own = self.own_files(split)
+        folder = own[1] if own else f"{data}/coco/{split}2017"
+        path = self.annotations_path(data, split)
+        examples, names, _ = read_boxes(path, folder, complete=split != "train", say=say)
+        if self.text == "caption":
+            add_captions(examples, f"{data}/coco/annotations/captions_{split}2017.json")
+        self.names_read = {"coco": names}
         return list(examples.values())
 
     def sentences(self, examples, most=1, rng=None):
@@ -815,23 +876,27 @@ class Detection(Task):
         return answers
 
     def annotations(self, path):
-        """(what COCO's file holds, a dict; its category ids in the order of the labels)."""
+        """(what COCO's file holds, a dict; {category's name: its id})."""
         instances = read_json(path, CocoInstances, "the score")
         truth = msgspec.json.decode(msgspec.json.encode(instances))  # pycocotools wants lists
-        for annotation in truth["annotations"]:
+        for count, annotation in enumerate(truth["annotations"], 1):
+            annotation["id"] = count  # pycocotools takes 0, and one twice, for no annotation
             if annotation["area"] is None:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        return truth, sorted(category["id"] for category in truth["categories"])
+        return truth, {category["name"]: category["id"] for category in truth["categories"]}
 
     def records(self, answers, examples, data, split):
-        """(answers as dicts of a result file, COCO's annotations)."""
-        path = f"{data}/coco/annotations/instances_{split}2017.json"
-        truth, categories = self.annotations(path)
+        """(answers as dicts of a result file, COCO's annotations). Classes go by their names: those
+        that the annotations do not have cannot be scored.
+        """
+        truth, ids = self.annotations(self.annotations_path(data, split))
         records = []
         for example, found in zip(examples, answers):
             for label, box, score in found:
-                records.append({"image_id": example.id, "category_id": categories[label],
-                                "bbox": [round(v, 2) for v in box], "score": round(score, 5)})
+                name = self.names["coco"][label]
+                if name in ids:
+                    records.append({"image_id": example.id, "category_id": ids[name],
+                                    "bbox": [round(v, 2) for v in box], "score": round(score, 5)})
         return records, truth
 
     def score(self, answers, examples, data="", split=""):
@@ -848,5 +913,6 @@ class Detection(Task):
         images = [image["id"] for image in truth["images"]]
         rows = read_json(results, list[DetectionResult], "the score")
         check_ids(f"{results}, image_id", {row.image_id for row in rows}, [], images)
-        check_ids(f"{results}, category_id", {row.category_id for row in rows}, [], categories)
+        check_ids(f"{results}, category_id", {row.category_id for row in rows}, [],
+                  categories.values())
         return detection_scores(msgspec.to_builtins(rows), truth)

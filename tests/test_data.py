@@ -21,9 +21,9 @@ from PIL import Image
 
 import data as data_module
 from data import (IMAGE_MEAN, IMAGE_STD, SPECIAL, Example, InputError, Objects,
-                  Tokenizer, decodable, load_image, load_images, load_or_build_index, mask_tokens,
-                  other_sentence, pad_images, pretraining_index, read_coco, read_pretraining,
-                  read_vg, resized, to_pixels)
+                  Tokenizer, decodable, describe, load_image, load_images, load_or_build_index,
+                  mask_tokens, other_sentence, pad_images, pretraining_index, read_boxes, read_coco,
+                  read_pairs, read_pretraining, read_vg, resized, to_pixels)
 from evaluate import evaluation_batches
 from pretrain import Batches, PretrainingSet, collate
 from tasks import make_task
@@ -134,8 +134,9 @@ def test_coco_without_crowds_and_with_clipped_boxes(files):
     expected = [[8 / 40, 6 / 30, 8 / 40, 6 / 30], [35 / 40, 25 / 30, 10 / 40, 10 / 30]]
     np.testing.assert_allclose(example.coco.boxes, expected)
     assert example.sentences == ["Caption 0 of 9.", "Caption 1 of 9."] and example.captions == 2
-    assert "1 images of" in notes[0] and "the first is 25" in notes[0]
-    assert "left out 2 boxes without area or outside" in notes[1]
+    assert "left out 1 images" in notes[0] and "the first is 000000000025.jpg" in notes[0]
+    assert "left out 1 crowd regions" in notes[1]
+    assert "left out 2 boxes without area or outside" in notes[2]
 
 
 def test_visual_genome_with_its_flaws(files):
@@ -162,9 +163,10 @@ def test_visual_genome_with_its_flaws(files):
     assert objects[1] == "automobile,car,cars" and attributes[1] == "large,big"
     assert links[2] == (25, None) and links[4] == (None, 77)
     notes = "\n".join(notes)
-    assert "left out 1 boxes without area or outside, 2 whose name is not in" in notes
+    assert "left out 1 boxes without area or outside" in notes
+    assert "left out 2 boxes whose name is not in" in notes
     assert "left out 3 sentences" in notes  # two without a Latin letter, one there twice
-    assert "1 images of image_data.json are not there" in notes
+    assert "left out 1 images of image_data.json" in notes
 
 
 def test_an_image_of_both_sets_is_one_and_held_out_images_are_not_trained_on(files):
@@ -349,9 +351,9 @@ def test_images_of_odd_modes_look_as_a_viewer_shows_them(tmp_path):
     palette.save(path, "GIF", save_all=True, append_images=[Image.new("RGB", (6, 4), "blue")])
     assert first_pixel() == (200, 0, 0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # COCO's boxes are for the pixels as stored; of one's own images a person asks
+    exif[0x0112] = 6  # COCO's boxes are for the pixels as stored
     Image.new("RGB", (6, 4)).save(path, "JPEG", exif=exif)
-    assert load_image(path).size == (6, 4) and load_image(path, upright=True).size == (4, 6)
+    assert load_image(path, upright=False).size == (6, 4) and load_image(path).size == (4, 6)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
@@ -389,26 +391,27 @@ def bombs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name,problem", [
-    ("huge", "decompression bomb"), ("program", "cannot identify"), ("cut", "truncated")])
+    ("huge", "decompression bomb"), ("program", "is none of JPEG, PNG"), ("cut", "truncated")])
 def test_broken_images_and_bombs_are_named_and_left_out(bombs, name, problem):
     files = [bombs[name], bombs["good"]]
-    (image,), index, broken = load_images(lambda i: files[i:i + 1], 0, 2, 32, 64)
+    examples = [Example(n, [file]) for n, file in enumerate(files)]
+    (image,), index, broken = load_images(examples.__getitem__, 0, 2, 32, 64)
     assert index == 1 and image.size == (40, 30)
     assert len(broken) == 1 and broken[0].startswith(f"{files[0]}: ") and problem in broken[0]
     notes = []
-    examples = [Example(n, [file]) for n, file in enumerate(files)]
     assert decodable(examples, notes.append) == examples[1:]
     assert len(notes) == 1 and files[0] in notes[0] and "left out of validation" in notes[0]
 
 
 def test_twenty_broken_images_in_a_row_are_an_error(bombs):
     files = [f"none {n}" for n in range(19)] + [bombs["good"]]
-    _, index, messages = load_images(lambda i: [files[i]], 0, 20, 32, 64)
+    _, index, messages = load_images(lambda i: Example(i, [files[i]]), 0, 20, 32, 64)
     assert index == 19 and [message.split(": ")[0] for message in messages] == files[:19]
     with pytest.raises(InputError, match="^none 7: .*cannot be decoded, nor can the 19 images"):
-        load_images(lambda i: [f"none {i}"], 7, 50, 32, 64)
+        load_images(lambda i: Example(i, [f"none {i}"]), 7, 50, 32, 64)
     # Many questions about one broken image
-    _, index, messages = load_images(lambda i: [bombs["cut" if i < 40 else "good"]], 3, 41, 32, 64)
+    _, index, messages = load_images(
+        lambda i: Example(i, [bombs["cut" if i < 40 else "good"]]), 3, 41, 32, 64)
     assert index == 40 and len(messages) == 1
 
 
@@ -740,10 +743,165 @@ def test_the_command_says_what_is_there_and_what_was_left_out(files, tmp_path, c
         out = capsys.readouterr().out
         # coco 9 and 25 with 2 captions each, vg 1, 2 (which is coco 25) and 6 with a region each
         # and 2 boxes of coco, 3 of vg
-        assert "4 images with 7 sentences and 5 boxes to pre-train on, 1 images held out" in out
+        assert "train: 4 images, 7 sentences, 5 boxes" in out and "val: 1 images" in out
         assert f"{files.folder}: 3 images are in a val or test split; left out" in out
     assert data_module.main(["--data", f"{tmp_path}/none"]) == 2
     assert capsys.readouterr().err.startswith(f"data.py: --data {tmp_path}/none: no such folder")
     assert data_module.main(["--data", files.folder, "--index", "a" * 300]) == 2
     message = capsys.readouterr().err
     assert message.startswith("data.py: --index aaa") and "cannot be written" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# Boxes and captions of one's own
+
+
+class OwnBoxes:
+    """Three images of 40 x 30 pixels with a box each, in COCO's format; a test changes a record."""
+
+    def __init__(self, folder):
+        self.path, self.images = f"{folder}/boxes.json", f"{folder}/images"
+        names = ("day1/img 1.jpg", "day2/img 1.jpg", "c.jpg")
+        for name in names:
+            write_image(f"{self.images}/{name}")
+        self.file = {
+            "images": [{"id": n, "file_name": name, "height": 30, "width": 40}
+                       for n, name in enumerate(names)],
+            "annotations": [{"image_id": n, "category_id": 7, "bbox": [4, 3, 8, 6]}
+                            for n in range(3)],
+            "categories": [{"id": 7, "name": "Screw, M1"}, {"id": 9, "name": "nut"}]}
+
+    def read(self, **settings):
+        write(self.path, self.file)
+        notes = []
+        examples, names, _ = read_boxes(self.path, self.images, say=notes.append, **settings)
+        return list(examples.values()), names, "\n".join(notes)
+
+
+@pytest.fixture
+def own(tmp_path):
+    return OwnBoxes(str(tmp_path))
+
+
+def test_boxes_of_ones_own_need_no_area_no_crowd_no_caption(own):
+    """Two files have the same last part of their names."""
+    examples, names, notes = own.read()
+    assert names == ["Screw, M1", "nut"] and notes == ""
+    assert [os.path.relpath(e.files[0], own.images) for e in examples] == [
+        "day1/img 1.jpg", "day2/img 1.jpg", "c.jpg"]
+    assert all(e.coco.labels == [0] and e.coco.boxes == [(0.2, 0.2, 0.2, 0.2)] for e in examples)
+
+
+def test_a_name_is_found_by_its_last_part_only_if_that_is_unique(own):
+    own.file["images"][0]["file_name"] = "elsewhere/img 1.jpg"
+    own.file["images"][2]["file_name"] = "elsewhere/c.jpg"
+    examples, _, notes = own.read()
+    assert [e.id for e in examples] == [1, 2]
+    assert f"left out 1 images that are not in {own.images}, the first is elsewhere/img" in notes
+
+
+@pytest.mark.parametrize("height,width,upright", [(100, 40, True), (40, 100, False)])
+def test_the_records_size_tells_whether_a_cameras_rotation_is_applied(own, height, width, upright):
+    """A bitmap of 100 x 40 with EXIF's orientation 6: upright it is 40 wide and 100 high."""
+    image = Image.new("RGB", (100, 40), "blue")
+    image.paste("red", (0, 0, 50, 40))  # the left half, which is above when the image is upright
+    image.getexif()[0x0112] = 6
+    image.save(f"{own.images}/c.jpg", exif=image.getexif())
+    own.file["images"][2].update(height=height, width=width)
+    example = own.read()[0][2]
+    assert example.size == (height, width) and example.upright == upright
+    (image,), _, _ = load_images(lambda _: example, 0, 1, 1000, 1000)
+    assert image.size == (width, height)
+    assert image.getpixel((width // 4, height // 4))[0] > 200
+    assert image.getpixel((width // 4, height - 2))[0] > 200 or upright
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda file: file["images"][1].update(height=60, width=80),
+     ["sizes of 1 images", "img 1.jpg has 40 x 30 pixels, its record 80 x 60"]),
+    (lambda file: file["images"][1].update(id=0), ["image id 0 stands for", "day2/img 1.jpg"]),
+    (lambda file: [a.update(iscrowd=1) for a in file["annotations"]],
+     ["no box is left of 3 annotations"]),
+    (lambda file: file.update(annotations=[]), ["no box is left of 0 annotations"]),
+    (lambda file: file.update(categories=[]), ["unknown image_id 0 or category_id 7"]),
+    (lambda file: file["categories"].append({"id": 1, "name": "nut"}), ["'nut' is there twice"]),
+    (lambda file: file["images"][0].update(file_name="../boxes.json"), ["leads out of"])])
+def test_boxes_that_cannot_be_used_are_one_line(own, change, words):
+    change(own.file)
+    with pytest.raises(InputError) as error:
+        own.read()
+    assert all(word in str(error.value) for word in [own.path, *words])
+
+
+def test_classes_go_by_their_names(own):
+    """The validation file may number them otherwise and have fewer, but none of its own."""
+    own.file["categories"] = [{"id": 7, "name": "nut"}]
+    examples, names, _ = own.read(names=["bolt", "nut"])
+    assert names == ["bolt", "nut"] and examples[0].coco.labels == [1]
+    with pytest.raises(InputError, match="'nut' .* which has bolt, washer"):
+        own.read(names=["bolt", "washer"])
+
+
+def test_a_score_needs_all_images(own):
+    os.remove(f"{own.images}/c.jpg")
+    with pytest.raises(InputError, match="c.jpg: is not there"):
+        own.read(complete=True)
+
+
+PAIRS = 'image,caption,split\r\nc.jpg,"a ""red"" nut,\nround",train\r\nc.jpg, two ,\r\n'
+
+
+def test_pairs_in_csv_and_json_lines(own, tmp_path):
+    write(str(tmp_path / "pairs.csv"), "\ufeff" + PAIRS + "gone.jpg,x,train\r\nc.jpg,  ,train\r\n")
+    notes = []
+    example, = read_pairs(str(tmp_path / "pairs.csv"), own.images, "train", notes.append)
+    assert example.id == "c.jpg" and example.captions == 2
+    assert example.sentences == ['a "red" nut,\nround', "two"]
+    assert "left out 1 pairs whose image is not in" in notes[0] + notes[1]
+    assert "left out 1 pairs with an empty caption" in notes[0] + notes[1]
+    write(str(tmp_path / "pairs.jsonl"), '{"image": "c.jpg", "caption": "b", "split": "val"}\n\n')
+    example, = read_pairs(str(tmp_path / "pairs.jsonl"), own.images, "val")
+    assert example.sentences == ["b"]
+
+
+def test_without_a_split_a_tenth_of_the_images_is_validated_on(own, tmp_path):
+    for n in range(100):
+        write_image(f"{own.images}/{n}.jpg")
+    rows = "".join(f"{n}.jpg,caption {k}\n" for n in range(100) for k in (1, 2))
+    write(str(tmp_path / "pairs.csv"), f"image,caption\n{rows}")
+    train, val = (read_pairs(str(tmp_path / "pairs.csv"), own.images, split)
+                  for split in ("train", "val"))
+    assert 5 <= len(val) <= 15 and len(train) + len(val) == 100
+    assert all(len(example.sentences) == 2 for example in train + val)
+
+
+@pytest.mark.parametrize("text,words", [
+    ("image,text\nc.jpg,b\n", "missing required field `caption`"),
+    ("image,caption,split\nc.jpg,b,dev\n", "Invalid enum value 'dev'"),
+    ('image,caption\n"c.jpg,a\n', "unexpected end of data"),
+    ("image,caption\n../c.jpg,b\n", "leads out of its folder"),
+    ("image,caption,split\nc.jpg,b,val\n", "no pair of 'train' is left of 1 rows")])
+def test_pairs_that_cannot_be_used_are_one_line(own, tmp_path, text, words):
+    path = str(tmp_path / "pairs.csv")
+    write(path, text)
+    with pytest.raises(InputError) as error:
+        read_pairs(path, own.images, "train")
+    assert path in str(error.value) and words in str(error.value)
+
+
+def test_what_there_is_to_train_on_is_said(own, tmp_path):
+    own.file["annotations"] += [{"image_id": 0, "category_id": 9, "bbox": [4, 3, 8, 6]}] * 4
+    own.file["annotations"] = [a for a in own.file["annotations"] if a["image_id"] != 2]
+    examples, names, _ = own.read()
+    examples[0].sentences = ["short", "long " * 8]
+    write(str(tmp_path / "vocab.txt"), "\n".join([*SPECIAL, "long", "short"]))
+    notes = []
+    mean = describe("train", examples, {"coco": names}, queries=3, say=notes.append,
+                    tokenizer=Tokenizer(str(tmp_path / "vocab.txt"), max_tokens=8))
+    assert mean == 2 and notes == [
+        "train: 3 images, 2 sentences, 6 boxes",
+        "  1 sentences have more than 6 word pieces; what comes after those is cut off",
+        "  2 classes; boxes a class: from 2 (Screw, M1) to 4 (nut)",
+        "  boxes an image: 2.0 in the mean, 5 at most; 1 images have none",
+        "  1 images have more objects than there are queries (3): 2 objects can never be found; "
+        "--queries sets more"]

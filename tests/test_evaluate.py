@@ -21,7 +21,8 @@ import evaluate
 from data import (Example, InputError, Objects, Tokenizer, load_image, pretraining_index,
                   read_pretraining, to_pixels)
 from evaluate import (Grounding, Predictor, average_precision, draw_attention, draw_curves,
-                      draw_sheet, measure, measure_with_blind, prepare_probes, record_attention)
+                      draw_sheet, duplicates_and_missed, measure, measure_with_blind,
+                      prepare_probes, record_attention)
 from model import Memory, build_model, load_checkpoint, save_checkpoint
 from tasks import TASKS, make_task
 
@@ -233,7 +234,9 @@ def test_measures_count_the_right_answers(val, words):
     asked = prepare_probes(*words, val)
     _, probes, _ = asked
     everything = measure(Oracle(val, words, probes), *words, val, asked, batch_size=3, **SIZE)
-    assert len(everything) == 10 and everything == pytest.approx(dict.fromkeys(everything, 1.0))
+    assert len(everything) == 18
+    for name, value in everything.items():
+        assert value == pytest.approx(0 if "duplicates" in name or "missed" in name else 1), name
 
     wrong = {0, 3, 5}
     found = measure(Oracle(val, words, probes, wrong), *words, val, asked, batch_size=3, **SIZE)
@@ -249,6 +252,33 @@ def test_measures_count_the_right_answers(val, words):
         assert found[name] == pytest.approx(right / sum(per_image)), name
 
 
+def test_duplicates_and_missed_objects_by_hand():
+    """Two circles and a star; found: one circle three times, once weakly, and the star's place as a
+    circle.
+    """
+    boxes = [(0.2, 0.2, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.5, 0.5, 0.2, 0.2)]
+    example = Example(0, [], (100, 100), coco=Objects(boxes, [0, 0, 1]))
+    found = [([10, 10, 20, 20], 0, 0.9), ([11, 10, 20, 20], 0, 0.6), ([10, 10, 20, 20], 0, 0.4),
+             ([10, 10, 20, 20], 1, 0.8), ([40, 40, 20, 20], 0, 0.7)]
+    results = [{"image_id": 1, "bbox": bbox, "category_id": label, "score": score}
+               for bbox, label, score in found]
+    empty = Example(1, [], (100, 100), coco=Objects([], []))
+    assert duplicates_and_missed([empty, example], results) == pytest.approx((1 / 3, 2 / 3))
+    assert duplicates_and_missed([example], []) == (0, 1)
+
+
+@pytest.mark.parametrize("without,gone", [
+    (["mlm"], "mlm"), (["itm"], "itm"), (["caption"], "caption"), (["attributes"], "attribute"),
+    (["detection", "attributes"], "AP")])
+def test_what_training_left_out_is_not_measured(val, words, without, gone):
+    probes = prepare_probes(*words, val)
+    model = model_for(None, *words)
+    every, some = (measure(model, *words, val[:2], probes, without=left_out, **SIZE)
+                   for left_out in ((), without))
+    assert any(gone in name for name in every) and not any(gone in name for name in some)
+    assert some == {name: every[name] for name in some}
+
+
 def measures_of(rank, world, processes=2, **settings):
     """Measures of a random model on three held-out images."""
     tokenizer, names = words_of(world)
@@ -260,7 +290,7 @@ def measures_of(rank, world, processes=2, **settings):
 
 def test_measures_do_not_depend_on_batch_or_processes(world, tmp_path):
     one = measures_of(0, world, processes=1)
-    assert all(0 <= value <= 1 for value in one.values()) and len(one) == 10
+    assert all(0 <= value <= 1 for value in one.values()) and len(one) == 18
     assert measures_of(0, world, processes=1, batch_size=1) == pytest.approx(one, abs=1e-6)
     for measures in on_two_processes(measures_of, tmp_path, world):
         assert measures == pytest.approx(one, abs=1e-6)

@@ -8,6 +8,7 @@ scores are tested in test_tasks.py, the training loop in test_pretrain.py.
 import json
 import math
 import os
+import random
 import shutil
 import signal
 
@@ -15,11 +16,13 @@ import pytest
 import torch
 from conftest import TINY, run_command
 from drill import differences, result
+from PIL import Image
 from test_pretrain import (log, ok, restored_signals, run_ranks,  # noqa: F401
                            signal_after)
 
 import finetune
 import tasks
+from evaluate import Predictor
 from model import load_checkpoint
 
 SMALL = ["--mini", "--workers", "0", "--minutes", "0", "--batch-size", "4", "--warmup", "0",
@@ -117,8 +120,8 @@ def test_rate_falls_and_validations_come_by_epochs(pretrained, world, tmp_path):
 
 def test_the_best_is_chosen_by_the_tasks_measure(pretrained, world, tmp_path, monkeypatch):
     """Also by a resumed run, which knows what the best one was."""
-    # Of the most frequent answer, then of each validation, seen and blind
-    values = iter([1.0, 0.2, 1.0, 0.9, 1.0, 0.5, 1.0, 0.8, 1.0])
+    # Of the most frequent answer, the trial, then of each validation, seen and blind; trial, ...
+    values = iter([1.0, 1.0, 0.2, 1.0, 0.9, 1.0, 0.5, 1.0, 1.0, 0.8, 1.0])
     monkeypatch.setattr(tasks.NLVR2, "score", lambda *inputs: {"accuracy": next(values)})
     flags = ["--task", "nlvr2", "--init", pretrained, "--data", world, "--output", str(tmp_path)]
     # 24 examples: six steps an epoch, so a validation after each step
@@ -187,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_tuned_is_one_line(pretrained, world, tmp_pa
     path.write_text(json.dumps(content))
     line = one_line(capsys, "--task", "detection", "--init", pretrained, "--data",
                     tmp_path / "world", "--output", tmp_path / "other")
-    assert f"its coco names are not those of {pretrained}" in line
+    assert "the class 'circle' of the data is not one of the training file, which has cube" in line
 
 
 @pytest.mark.parametrize("flags,says", [
@@ -201,3 +204,147 @@ def test_flags_that_do_not_fit_are_one_line(flags, says, pretrained, world, tmp_
     flags = [pretrained if flag == "FILE" else flag for flag in flags]
     output = ["--data", world, "--output", tmp_path / "out"]
     assert says in one_line(capsys, *flags, *output)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data of one's own
+
+CLASSES = ("red, M1", "green", "blue")
+COLORS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
+
+
+def write_rectangles(folder, split, n, ids=(5, 9, 2), classes=CLASSES):
+    """Boxes of one's own: n images, each with rectangles of three colours; ids: of the classes."""
+    rng = random.Random(split)
+    os.makedirs(folder / split / "deep", exist_ok=True)
+    images, annotations = [], []
+    for number in range(n):
+        image = Image.new("RGB", (96, 72), "white")
+        for _ in range(rng.randint(1, 3)):
+            label = rng.randrange(len(classes))
+            x, y = rng.randint(0, 60), rng.randint(0, 40)
+            w, h = rng.randint(16, 30), rng.randint(16, 30)
+            image.paste(COLORS[label], (x, y, x + w, y + h))
+            annotations.append({"image_id": number, "category_id": ids[label],
+                                "bbox": [x, y, w, h]})
+        images.append({"id": number, "file_name": f"deep/{number}.png", "height": 72, "width": 96})
+        image.save(folder / split / "deep" / f"{number}.png")
+    categories = [{"id": number, "name": name} for number, name in zip(ids, classes)]
+    file = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / f"{split}.json").write_text(json.dumps(file))
+    return file
+
+
+def own_flags(folder):
+    return ["--task", "detection", "--text", "none", "--train-annotations", folder / "train.json",
+            "--train-images", folder / "train", "--val-annotations", folder / "val.json",
+            "--val-images", folder / "val"]
+
+
+def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_path):
+    """Training and validation file number the classes differently."""
+    write_rectangles(tmp_path, "train", 8)
+    write_rectangles(tmp_path, "val", 4, ids=(1, 2, 3))
+    printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--init", pretrained, *SMALL,
+                             "--output", tmp_path / "run", "--steps", "2"))
+    assert f"3 classes in place of the 6 of {pretrained}: the class head starts anew" in printed
+    assert "train: 8 images" in printed and "from" in printed and "(red, M1)" in printed
+    state = load_checkpoint(f"{tmp_path}/run/best.pt")
+    assert state["names"]["coco"] == ["blue", "red, M1", "green"]  # by their numbers in training
+    assert set(state["scores"]) > {"AP", "AP50"}
+
+    predictor = Predictor(f"{tmp_path}/run/best.pt")
+    labels = {found["label"] for found in predictor.detect(tmp_path / "val/deep/0.png", 0.0)}
+    assert labels <= set(CLASSES)
+    scores, submitted = tmp_path / "scores.json", tmp_path / "results.json"
+    ok(run_command("evaluate.py", "--checkpoint", tmp_path / "run/best.pt", "--val-annotations",
+                   tmp_path / "val.json", "--val-images", tmp_path / "val", "--json", scores,
+                   "--submit", submitted))
+    assert json.loads(scores.read_text()) == pytest.approx(state["scores"], abs=1e-6)
+    assert {result["category_id"] for result in json.loads(submitted.read_text())} <= {1, 2, 3}
+    ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
+
+
+@pytest.mark.parametrize("ids", [(5, 9, 2), (1, 2, 3)])
+def test_perfect_boxes_score_1_whatever_the_numbers_of_classes_and_annotations(ids, tmp_path):
+    """No "info", no area; annotations without an id, which pycocotools would take for one."""
+    file = write_rectangles(tmp_path, "val", 4, ids=ids)
+    task = tasks.Detection(text="none", train_annotations="x",
+                           val_annotations=str(tmp_path / "val.json"),
+                           val_images=str(tmp_path / "val"))
+    task.names = {"coco": list(CLASSES)}
+    examples = task.index(None, "val", say=print)["examples"]
+    answers = [[(ids.index(a["category_id"]), a["bbox"], 0.9) for a in file["annotations"]
+                if a["image_id"] == example.id] for example in examples]
+    scores = task.score(answers, examples, None, "val")
+    assert scores["AP"] == scores["AP50"] == 1
+    (tmp_path / "results.json").write_bytes(task.results(answers, examples, None, "val"))
+    found = task.score_file(str(tmp_path / "results.json"), str(tmp_path / "val.json"))
+    assert found["AP"] == 1
+
+
+@pytest.mark.parametrize("change,words", [
+    (["--text", "caption"], "--text caption: boxes of one's own have no captions"),
+    (["--val-images", ""], "--val-annotations and --val-images: both are needed"),
+    (["--task", "vqa"], "--train-annotations: --task vqa does not read it"),
+    (["--pairs", "x.csv"], "--pairs: --task detection does not read it")])
+def test_flags_of_ones_own_data_that_do_not_fit_are_one_line(pretrained, tmp_path, capsys, change,
+                                                             words):
+    write_rectangles(tmp_path, "train", 1)
+    write_rectangles(tmp_path, "val", 1)
+    line = one_line(capsys, *own_flags(tmp_path), "--init", pretrained, "--output",
+                    tmp_path / "out", *change)
+    assert words in line
+
+
+def test_a_class_that_only_validation_has_is_one_line(pretrained, tmp_path, capsys):
+    write_rectangles(tmp_path, "train", 1)
+    write_rectangles(tmp_path, "val", 1, classes=("red, M1", "green", "violet"))
+    line = one_line(capsys, *own_flags(tmp_path), "--init", pretrained, "--output",
+                    tmp_path / "out")
+    assert "the class 'violet' of the data is not one of the training file, which has" in line
+
+
+def write_pairs(folder, n=8):
+    """Images with two captions each; a camera has turned all of them, every fourth is of val."""
+    os.makedirs(folder / "images", exist_ok=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    rows = ["image,caption,split"]
+    for number in range(n):
+        image = Image.new("RGB", (96, 64), COLORS[number % 3])
+        image.save(folder / "images" / f"{number}.jpg", exif=turned)
+        split = "val" if number % 4 == 3 else "train"
+        rows += [f"{number}.jpg,a red thing {number},{split}",
+                 f"{number}.jpg,something green {number},{split}"]
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return ["--pairs", folder / "pairs.csv", "--images", folder / "images"]
+
+
+def test_pairs_of_ones_own_pretrain_and_fine_tune(world, tmp_path):
+    flags = write_pairs(tmp_path)
+    vocabulary = ["--vocab", f"{world}/vocab.txt"]
+    line = run_command("pretrain.py", *TINY, *flags, *vocabulary, "--output", tmp_path / "a")
+    assert line.returncode == 2 and "--pairs: has no boxes; give --without detection" in line.stderr
+    printed = ok(run_command("pretrain.py", *TINY, *flags, *vocabulary, "--steps", "2", "--without",
+                             "detection", "attributes", "--output", tmp_path / "pretrained"))
+    assert "train: 6 images, 12 sentences, 0 boxes" in printed
+    (measures,) = log(tmp_path / "pretrained")[1]
+    assert "val_mlm_accuracy" in measures and not any("AP" in key for key in measures)
+
+    for task in ("caption", "flickr30k"):
+        run = tmp_path / task
+        ok(run_command("finetune.py", "--task", task, *flags, "--init",
+                       tmp_path / "pretrained/last.pt", *SMALL, "--steps", "2", "--negatives", "1",
+                       "--output", run))
+        results = tmp_path / f"{task}.results"
+        ok(run_command("evaluate.py", "--checkpoint", run / "best.pt", *flags, "--submit", results,
+                       "--json", tmp_path / "a.json"))
+        ok(run_command("evaluate.py", "--task", task, "--score", results, "--against",
+                       tmp_path / "pairs.csv", "--split", "val", "--json", tmp_path / "b.json"))
+        a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+        assert a == pytest.approx(b)
+    image, = json.loads((tmp_path / "caption.results").read_text())[:1]
+    assert image["image_id"] == "3.jpg"
+    assert Predictor(str(tmp_path / "caption/best.pt")).open(tmp_path / "images/3.jpg").size == \
+        (64, 96)

@@ -733,6 +733,9 @@ def test_each_task_has_the_settings_of_section_5_1():
 
 # The README's example of a new task; it belongs at the end of tasks.py
 COUNTING = '''
+from data import read_coco
+
+
 @register
 @dataclass
 class Counting(Task):
