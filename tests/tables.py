@@ -1,13 +1,13 @@
-"""The paper's Tables 1 to 7 on the miniature world: train what a table needs, measure, write.
+"""The paper's Tables 1 to 4, 6 and 7 on the miniature world: train what a table needs, measure,
+write.
 
     python tests/tables.py --table 3 --mini --seeds 3 --output results   # hours; may be stopped
     python tests/tables.py --table 3 --mini --rows all "no detection" --seeds 1 --output two
-    python tests/tables.py --table 1 2 --mini --dry-run                  # its commands alone
 
-Each run is a command line of pretrain.py or finetune.py. One that has ended is kept in OUTPUT/runs
-with all of its validations and serves every table that needs it; one that was stopped goes on where
-it was. Checkpoints are in --work, as long as something is to be fine-tuned from them. Table 4, of
-times, is measured at once.
+Each run is a command line of pretrain.py or finetune.py. What one that has ended measured is kept
+in OUTPUT/runs and serves every table that needs it; one that was stopped goes on where it was.
+Checkpoints are in --work, as long as something is to be fine-tuned from them. Table 4, of times, is
+measured at once.
 
 Runs are compared by the images that they have seen, not by the clock: a slower machine needs longer
 and finds the same. OUTPUT/tableN.json has means, deviations and all values over the seeds, with the
@@ -22,11 +22,10 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -66,13 +65,14 @@ class Table:
     def runs(self):
         """All that is to be trained, each once; what needs no other first."""
         tuned = [run for _, cells, _ in self.rows for run, _ in cells.values()]
-        every = [*(run.start for run in tuned if run.start), *tuned]
-        return sorted(dict.fromkeys(every), key=lambda run: run.start is not None)
+        starts = [run.start for run in tuned if run.start]
+        return list(dict.fromkeys([*starts, *tuned]))
 
 
 # --------------------------------------------------------------------------------------------------
 # What the tables need
 
+BATCH_SIZE = 32  # of a pre-training
 # Passes over its examples that a fine-tuning takes for each 25,600 images of --budget
 PASSES = {"vqa": 4, "nlvr2": 8, "caption": 2, "flickr30k": 6, "detection": 4}
 # Table 3: the losses that a pre-training leaves out, and the paper's VQA and NLVR2. Without objects
@@ -93,11 +93,11 @@ STAGES = {"picture": "picture, ms", "reading": "reading, ms", "together": "toget
 class Plan:
     """The runs at --budget, and the tables made of them."""
 
-    def __init__(self, args):
-        self.budget, self.more = args.budget, tuple(args.flags)
+    def __init__(self, budget):
+        self.budget = budget
 
     def pretrain(self, name, *flags):
-        steps = max(1, round(self.budget / batch_size([*flags, *self.more])))
+        steps = max(1, self.budget // BATCH_SIZE)
         return Run(f"pretrain-{name}".replace(" ", "-").replace(",", ""), "pretrain.py", (
             "--mini", "--minutes", "0", "--steps", str(steps), "--val-every", str(-(-steps // 4)),
             "--warmup", str(steps // 10), "--workers", "0", *flags))
@@ -114,7 +114,7 @@ class Plan:
             "0", "--checkpoint-minutes", "5", *flags), start)
 
     def understanding(self, start, name="", *flags):
-        """The cells of a row of Tables 3, 5 and 6: one pre-training, fine-tuned on two tasks."""
+        """The cells of a row of Tables 3 and 6: one pre-training, fine-tuned on two tasks."""
         return {"vqa.overall": (self.finetune("vqa", start, name, *flags), "val_overall"),
                 "nlvr2.accuracy": (self.finetune("nlvr2", start, name, *flags), "val_accuracy")}
 
@@ -159,18 +159,6 @@ class Plan:
             table.rows.append((name, {}, {"together": paper}))
         return table
 
-    def table_5(self):
-        table = Table("layers of the encoder and the ResNet", UNDERSTANDING,
-                      reference="3 layers, r18")
-        for layers in ("3", "6"):
-            for backbone in ("r18", "r34"):
-                flags = ("--backbone", backbone, "--encoder-layers", layers)
-                start = self.pretrain(f"{backbone}-{layers}", *flags)
-                if (backbone, layers) == ("r18", "3"):  # the preset
-                    start = self.pretrain("all")
-                table.add(f"{layers} layers, {backbone}", self.understanding(start))
-        return table
-
     def table_6(self):
         table = Table("size of the images in fine-tuning", UNDERSTANDING, reference="64 x 96",
                       note="NLVR2 keeps the ResNet as it was pre-trained, on images of 64 x 96.")
@@ -185,36 +173,27 @@ class Plan:
         table = Table("detection, with the sentence and without",
                       {"detection.AP": "AP", "detection.AP50": "AP50"},
                       reference="pre-trained, sentence", note="The paper's last row is DETR's.")
-        papers = {"pre-trained, sentence": (41.9, 62.6), "from scratch, no sentence": (40.6, 61.6)}
-        texts = {"sentence": (), "no sentence": ("-no-sentence", "--text", "none")}
-        for origin, start in (("pre-trained", self.pretrain("all")), ("from scratch", None)):
-            for text, flags in texts.items():
-                run = self.finetune("detection", start, *flags)
-                cells = {measure: (run, measure.replace("detection.", "val_"))
-                         for measure in table.heads}
-                name = f"{origin}, {text}"
-                table.add(name, cells, papers.get(name, ()))
+        every = self.pretrain("all")
+        alone = "-no-sentence", "--text", "none"
+        for name, start, flags, paper in (
+                ("pre-trained, sentence", every, (), (41.9, 62.6)),
+                ("pre-trained, no sentence", every, alone, ()),
+                ("from scratch, sentence", None, (), ()),
+                ("from scratch, no sentence", None, alone, (40.6, 61.6))):
+            run = self.finetune("detection", start, *flags)
+            cells = {"detection.AP": (run, "val_AP"), "detection.AP50": (run, "val_AP50")}
+            table.add(name, cells, paper)
         return table
 
 
-def batch_size(flags):
-    """The images of a step, from the flags of a command line."""
-    if "--batch-size" in flags:
-        return int(flags[len(flags) - flags[::-1].index("--batch-size")])
-    if "--task" not in flags:
-        return 32
-    task = TASKS[flags[flags.index("--task") + 1]]
-    return {**task.settings, **task.mini}["batch_size"]
-
-
-def make_table(args, table_number):
+def make_table(args, number_):
     """The table, with the rows that --rows names."""
-    table = getattr(Plan(args), f"table_{table_number}")()
+    table = getattr(Plan(args.budget), f"table_{number_}")()
     names = [name for name, *_ in table.rows]
     for name in args.rows or ():
         if name not in names:
-            raise InputError(f"--rows {name!r}: table {table_number} has none of that name; there "
-                             f"are: {', '.join(map(repr, names))}")
+            raise InputError(f"--rows {name!r}: table {number_} has none of that name; there are: "
+                             f"{', '.join(map(repr, names))}")
     table.rows = [row for row in table.rows if not args.rows or row[0] in args.rows]
     return table
 
@@ -224,148 +203,92 @@ def make_table(args, table_number):
 
 
 class Runner:
-    """Runs command lines, --jobs at once, and keeps what they measured in OUTPUT/runs."""
+    """Runs command lines, --jobs at once, and keeps what they measured in OUTPUT/runs. A run's name
+    has its budget and seed.
+    """
 
     def __init__(self, args):
         self.args = args
 
+    def name(self, run, seed):
+        return f"{run.name}-{self.args.budget}-seed{seed}"
+
     def folder(self, run, seed):
-        return os.path.join(self.args.work, f"{run.name}-seed{seed}")
+        return os.path.join(self.args.work, self.name(run, seed))
 
     def kept(self, run, seed):
-        return os.path.join(self.args.output, "runs", f"{run.name}-seed{seed}.json")
+        return os.path.join(self.args.output, "runs", f"{self.name(run, seed)}.json")
 
     def command(self, run, seed):
         """The command line that trains a run."""
         words = ["python", run.script, *run.flags, "--data", self.args.data, "--seed", str(seed)]
-        words += self.args.flags
         if run.script == "finetune.py":
             init = os.path.join(self.folder(run.start, seed), "last.pt") if run.start else "none"
             words += ["--init", init]
         return [*words, "--output", self.folder(run, seed), "--resume", "auto"]
 
-    def identity(self, run):
-        """What makes a run of this name another one."""
-        start = [*run.start.flags, *self.args.flags] if run.start else None
-        return {"flags": [*run.flags, *self.args.flags], "start": start}
-
-    def load(self, path, run):
-        """What was written down of a run, or None. InputError if it was another of this name."""
-        if not os.path.exists(path):
-            return None
-        with open(path) as file:
-            found = json.load(file)
-        if {key: found[key] for key in ("flags", "start")} != self.identity(run):
-            raise InputError(f"{path}: is of a run with other flags ({shlex.join(found['flags'])});"
-                             " give another --output and --work, or remove it")
-        return found
-
-    def missing(self, runs):
-        """(run, seed) of what is still to be run, a seed after the other."""
-        missing = []
-        for seed in range(self.args.seeds):
-            wanted = [run for run in runs if self.load(self.kept(run, seed), run) is None]
-            for run in list(wanted):  # what it starts from is run again if its checkpoint is gone
-                if run.start and run.start not in wanted and not os.path.exists(
-                        os.path.join(self.folder(run.start, seed), "last.pt")):
-                    wanted.insert(0, run.start)
-            missing += [(run, seed) for run in wanted]
-        return missing
-
-    def train(self, keys, ended):
-        """Train (run, seed), each after what it starts from; ended(run, seed) after each. If one
-        fails, or this process is stopped, the others are stopped too: they keep a checkpoint.
+    def train(self, runs):
+        """Train what has not ended yet: first the pre-trainings, then what starts from them. After
+        Ctrl-C what runs writes its checkpoint.
         """
-        waiting, running = list(keys), {}
-        try:
-            while waiting or running:
-                unfinished = [*waiting, *running]
-                ready = [key for key in waiting if (key[0].start, key[1]) not in unfinished]
-                for key in ready[:self.args.jobs - len(running)]:
-                    running[key] = self.start(*key)
-                    waiting.remove(key)
-                time.sleep(0.2)
-                for (run, seed), process in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[run, seed]
-                    if process.returncode:
-                        path = os.path.join(self.folder(run, seed), "output.txt")
-                        with open(path) as file:
-                            lines = [line.strip() for line in file if line.strip()]
-                        raise InputError(f"{run.name}, seed {seed}: exit code {process.returncode}:"
-                                         f" {lines[-1] if lines else ''} ({path})")
-                    self.keep(run, seed)
-                    print(f"{run.name}, seed {seed}: done", flush=True)
-                    ended(run, seed)
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
+        for script in ("pretrain.py", "finetune.py"):
+            waiting = [(run, seed) for seed in range(self.args.seeds) for run in runs
+                       if run.script == script and not os.path.exists(self.kept(run, seed))]
+            with ThreadPoolExecutor(self.args.jobs) as pool:
+                list(pool.map(self.train_one, waiting))
 
-    def start(self, run, seed):
-        folder = self.folder(run, seed)
+    def train_one(self, key):
+        folder = self.folder(*key)
         os.makedirs(folder, exist_ok=True)
-        if self.load(f"{folder}/run.json", run) is None:
-            with open(f"{folder}/run.json", "w") as file:
-                json.dump({**self.identity(run), "commit": commit()}, file)
-        if not os.path.exists(f"{folder}/last.pt") and os.path.exists(f"{folder}/log.jsonl"):
-            os.remove(f"{folder}/log.jsonl")  # it was stopped before its first checkpoint
         # Side by side: a thread each, so that two of them do not take turns with four
         threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs))
+        script, *words = self.command(*key)[1:]
         with open(f"{folder}/output.txt", "a") as log:
-            return subprocess.Popen(
-                [sys.executable, os.path.join(ROOT, run.script), *self.command(run, seed)[2:]],
-                env={**os.environ, "OMP_NUM_THREADS": threads}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log)
+            code = subprocess.call([sys.executable, os.path.join(ROOT, script), *words],
+                                   env={**os.environ, "OMP_NUM_THREADS": threads},
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if code:
+            raise InputError(f"{self.name(*key)}: exit code {code}, see {folder}/output.txt")
+        self.keep(*key)
+        print(f"{self.name(*key)}: done", flush=True)
 
     def keep(self, run, seed):
         """Write down what a run that has ended measured: all of its validations."""
         folder = self.folder(run, seed)
-        with open(f"{folder}/run.json") as file:
-            began = json.load(file)
         with open(f"{folder}/log.jsonl") as file:
             lines = [json.loads(line) for line in file]
+        task = TASKS.get(run.name.split("-")[0])
+        batch = {**task.settings, **task.mini}["batch_size"] if task else BATCH_SIZE
         curve = []
         for line in lines:
-            measures = {key: value if isinstance(value, int) else float(f"{value:.5g}")
-                        for key, value in line.items() if key.startswith(("val_", "blind_"))}
+            measures = {key: value for key, value in line.items()
+                        if key.startswith(("val_", "blind_"))}
             if measures:
-                curve.append({"pictures": line["step"] * batch_size(began["flags"]), **measures})
+                curve.append({"pictures": line["step"] * batch, **measures})
         seconds = max(line.get("seconds", 0) for line in lines)
-        write(self.kept(run, seed), {"name": run.name, "seed": seed, **began, "machine": machine(),
-                                     "hours": round(seconds / 3600, 4), "curve": curve})
+        write(self.kept(run, seed), {
+            "command": shlex.join(self.command(run, seed)), "commit": commit(),
+            "machine": machine(), "hours": round(seconds / 3600, 4), "curve": curve})
         if run.script == "finetune.py":  # nothing starts from it
             for path in glob.glob(f"{glob.escape(folder)}/*.pt"):
                 os.remove(path)
 
 
-def write(path, found):
-    """A dict as JSON with a line for each value, and for each member of a list of dicts."""
-    def text(value):
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "]"
-        return json.dumps(value)
+def read(path):
+    with open(path) as file:
+        return json.load(file)
 
-    lines = [f" {json.dumps(key)}: {text(value)}" for key, value in found.items()]
+
+def write(path, found):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.tmp", "w") as file:
-        file.write("{" + ",\n".join(lines)[1:] + "}\n")
-    os.replace(f"{path}.tmp", path)
+    with open(path, "w") as file:
+        json.dump(found, file, indent=1)
 
 
 def commit():
-    """The source that is run; with a + if it has changes of its own."""
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """The source that is run."""
+    return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT,
+                          capture_output=True, text=True).stdout.strip()
 
 
 def machine():
@@ -383,23 +306,6 @@ def spread(values):
     """{"mean", "std" (of a sample; 0 for a single value), "values"}."""
     return {"mean": statistics.fmean(values), "values": values,
             "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def gather(table, runner):
-    """(rows of a table's JSON from the runs that have ended, all that was kept of them)."""
-    kept = {}
-    for run in table.runs():
-        found = [runner.load(runner.kept(run, seed), run) for seed in range(runner.args.seeds)]
-        kept[run] = [one for one in found if one]
-    rows = []
-    for name, cells, paper in table.rows:
-        measures = {}
-        for measure, (run, key) in cells.items():
-            values = [one["curve"][-1][key] for one in kept[run]]
-            if values:
-                measures[measure] = spread(values)
-        rows.append({"name": name, "measures": measures, "paper": paper})
-    return rows, kept
 
 
 @torch.inference_mode()
@@ -480,7 +386,7 @@ def summary(result):
 
 def draw(path, table, kept):
     """The curves of a table as a PNG: each measure over the images seen, a colour a row, the mean
-    over the seeds. After those of the fine-tunings the pre-trainings', where there are several.
+    over the seeds; then the pre-trainings', where the rows differ in them.
     """
     panels = {head: {name: cells[measure] for name, cells, _ in table.rows}
               for measure, head in table.heads.items()}
@@ -488,22 +394,20 @@ def draw(path, table, kept):
     if None not in starts.values() and len(set(starts.values())) > 1:
         for key, head in PRETRAINED.items():
             panels[f"pre-training: {head}"] = {name: (run, key) for name, run in starts.items()}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(11, 2.6 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for ax in axes[len(panels):]:
         ax.set_axis_off()
     for ax, (head, lines) in zip(axes, panels.items()):
         ax.set_title(head, fontsize=9)
-        ax.tick_params(labelsize=7)
-        for n, (name, (run, key)) in enumerate(lines.items()):
-            points = [(same[0]["pictures"], statistics.fmean(point[key] for point in same))
-                      for same in zip(*(one["curve"] for one in kept[run]))]
-            ax.plot(*zip(*points), color=f"C{n % 10}", marker=".", label=name)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
-                  ncols=3)
-    figure.savefig(path, dpi=100)
+        for name, (run, key) in lines.items():
+            curves = [[point[key] for point in one["curve"]] for one in kept[run]]
+            seen = [point["pictures"] for point in kept[run][0]["curve"]]
+            ax.plot(seen, [statistics.fmean(values) for values in zip(*curves)], marker=".",
+                    label=name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
 def renew(folder):
@@ -519,8 +423,7 @@ def renew(folder):
 
     def renewed(found):
         directory, name = os.path.split(found[1])
-        with open(os.path.join(folder, directory, f"table{name}.json")) as file:
-            result = json.load(file)
+        result = read(os.path.join(folder, directory, f"table{name}.json"))
         return f"<!-- table {found[1]} -->\n{markdown(result)}\n\n{summary(result)}\n<!-- end -->"
 
     text = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", renewed, text, flags=re.S)
@@ -528,31 +431,34 @@ def renew(folder):
         file.write(text)
 
 
-def make(table_number, args):
-    """Train what a table needs; its JSON and picture are written anew whenever a run has ended."""
-    runner, table = Runner(args), make_table(args, table_number)
-    stem = os.path.join(args.output, f"table{table_number}")
+def make(number_, args):
+    """Train what a table needs; write its JSON and picture."""
+    runner, table = Runner(args), make_table(args, number_)
+    seeds = range(args.seeds)
+    runner.train(table.runs())
+    kept, rows = {}, []
+    for run in table.runs():
+        kept[run] = [read(runner.kept(run, seed)) for seed in seeds]
+    for name, cells, paper in table.rows:
+        measures = {measure: spread([one["curve"][-1][key] for one in kept[run]])
+                    for measure, (run, key) in cells.items()}
+        rows.append({"name": name, "measures": measures, "paper": paper})
+    if number_ == "4":
+        for row, times in zip(rows, stage_times(args.seeds)):
+            row["measures"] = times
 
-    def write_table(times=None):
-        rows, kept = gather(table, runner)
-        for row, measures in zip(rows, times or ()):
-            row["measures"] = measures
-        every = [one for found in kept.values() for one in found]
-        result = {
-            "table": int(table_number), "title": table.title, "heads": table.heads,
-            "note": table.note, "reference": table.reference, "rows": rows,
-            "seeds": list(range(args.seeds)),
-            "command": shlex.join(["python", "tests/tables.py", *args.asked]),
-            "commit": ", ".join(dict.fromkeys(one["commit"] for one in every)) or commit(),
-            "machine": "; ".join(dict.fromkeys(one["machine"] for one in every)) or machine(),
-            "hours": round(sum(one["hours"] for one in every), 4)}
-        write(f"{stem}.json", result)
-        if every and all(kept.values()):
-            draw(f"{stem}.png", table, kept)
-        return result
-
-    runner.train(runner.missing(table.runs()), lambda run, seed: write_table())
-    result = write_table(stage_times(args.seeds) if table_number == "4" else None)
+    every = [one for found in kept.values() for one in found]
+    stem = os.path.join(args.output, f"table{number_}")
+    result = {
+        "table": int(number_), "title": table.title, "heads": table.heads, "note": table.note,
+        "reference": table.reference, "rows": rows, "seeds": list(seeds),
+        "command": shlex.join(["python", "tests/tables.py", *args.asked]),
+        "commit": ", ".join(dict.fromkeys(one["commit"] for one in every)) or commit(),
+        "machine": "; ".join(dict.fromkeys(one["machine"] for one in every)) or machine(),
+        "hours": round(sum(one["hours"] for one in every), 4)}
+    write(f"{stem}.json", result)
+    if kept:
+        draw(f"{stem}.png", table, kept)
     renew(args.output)
     print(markdown(result))
 
@@ -561,10 +467,10 @@ def make(table_number, args):
 # The command
 
 
-def parse(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter)
-    parser.add_argument("--table", nargs="+", choices=tuple("1234567"), required=True,
+    parser.add_argument("--table", nargs="+", choices=tuple("123467"), required=True,
                         help="which; what they share is trained once")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these of its rows")
     parser.add_argument("--mini", action="store_true", required=True,
@@ -578,29 +484,15 @@ def parse(argv):
     parser.add_argument("--output", default="results", metavar="DIR",
                         help="tables, and what was measured in each run")
     parser.add_argument("--work", default="runs/tables", metavar="DIR", help="the runs' folders")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("flags", nargs="*", metavar="FLAG", help="after --: flags for each run")
-    args = parser.parse_args(argv)
-    args.asked = sys.argv[1:] if argv is None else list(argv)
-    return args
 
-
-def main(argv=None):
     def work():
-        args = parse(argv)
-        if args.dry_run:
-            for table_number in args.table:
-                runs = make_table(args, table_number).runs()
-                for seed in range(args.seeds):
-                    for run in runs:
-                        print(shlex.join(Runner(args).command(run, seed)))
-            return
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        args = parser.parse_args(argv)
+        args.asked = sys.argv[1:] if argv is None else argv
         if not os.path.exists(args.data):
             print(f"writing the miniature world to {args.data}", flush=True)
             shapes.write_world(args.data, flag="--data")
-        for table_number in args.table:
-            make(table_number, args)
+        for number_ in args.table:
+            make(number_, args)
 
     return command("tables.py", work)
 

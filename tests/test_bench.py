@@ -9,7 +9,7 @@ import pytest
 def test_rows_work_at_a_very_small_size(tmp_path, capsys):
     """Some of each kind, the GPU's on the CPU. Those left out differ from these in their models."""
     wanted = "loader/padding,loader/index,two-step,detr-step,detr-memory,four-losses,caption,gpu"
-    assert bench.main(["--quick", "--only", wanted, "--json", f"{tmp_path}/rows.json"]) == 0
+    bench.main(["--quick", "--only", wanted, "--json", f"{tmp_path}/rows.json"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     lines = capsys.readouterr().out.splitlines()
     names = [row["name"] for row in rows]
@@ -24,27 +24,19 @@ def test_rows_work_at_a_very_small_size(tmp_path, capsys):
 
 
 def test_the_gpus_rows_are_not_run_on_a_cpu(capsys):
-    assert bench.main(["--only", "gpu"]) == 0
+    bench.main(["--only", "gpu"])
     assert capsys.readouterr().out.startswith("gpu: left out")
 
 
-def test_an_unknown_row_is_an_error_of_one_line(capsys):
-    assert bench.main(["--only", "loader,nothing"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--only nothing" in error
+def test_an_unknown_row_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "nothing"])
+    assert "--only nothing: no such row; there are loader/" in capsys.readouterr().err
 
 
 def test_a_ratio_says_how_much_better_ours_is():
     less = bench.row("a", 2, 3, "s", 1.5)
     more = bench.row("a", 2, 3, "pictures/s", 1.5, more_is_better=True)
-    alone = bench.row("a", 2, None, "s", 1.5)
     assert (less["ratio"], less["holds"]) == (1.5, True)
     assert (more["ratio"], more["holds"]) == (0.67, False)
-    assert (alone["ratio"], alone["holds"]) == (None, None)
     assert bench.row("a", 0, 10, "MB", 1)["holds"]  # a growth of nothing
-
-
-def test_the_exponent_is_that_of_the_power_law():
-    sizes = [3, 6, 12, 24]
-    assert bench.exponent(sizes, [0.7 * n**2 for n in sizes]) == pytest.approx(2)
-    assert bench.exponent(sizes[-2:], [5, 10]) == pytest.approx(1)

@@ -1,41 +1,33 @@
 """The command that makes the paper's tables: what it runs, what it keeps, what it writes."""
 
+import argparse
 import glob
 import json
 import os
 import re
-import shlex
-import signal
 import statistics
-import subprocess
-import sys
-import time
 
-import conftest
 import pytest
 import tables
-from conftest import ROOT
+from conftest import ROOT, run_command
 
 import finetune
 import pretrain
 
-SMALL = """-- --width 32 --heads 2 --feed-forward 64 --encoder-layers 2 --decoder-layers 2
+SMALL = """--width 32 --heads 2 --feed-forward 64 --encoder-layers 2 --decoder-layers 2
     --batch-size 8 --val-every 1000""".split()
 
 
-def commands(capsys, *words):
-    assert tables.main([*words, "--mini", "--seeds", "2", "--work", "WORK", "--dry-run"]) == 0
-    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def test_the_commands_of_all_tables(capsys, monkeypatch):
+def test_the_commands_of_all_tables(monkeypatch):
     """They parse, what is tuned comes after what it starts from, and a run has one name."""
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *_: None)
     scripts = {"pretrain.py": pretrain, "finetune.py": finetune}
+    runner = tables.Runner(argparse.Namespace(budget=25_600, work="WORK", data="DATA"))
     runs = {}
-    for number in "123567":
+    for number in "12367":
         folders = []
-        for words in commands(capsys, "--table", number):
+        for run in getattr(tables.Plan(25_600), f"table_{number}")().runs():
+            words = runner.command(run, 1)
             args, _ = scripts[words[1]].parse(words[2:])
             assert args.output not in folders
             folders.append(args.output)
@@ -43,119 +35,70 @@ def test_the_commands_of_all_tables(capsys, monkeypatch):
             init = getattr(args, "init", "none")
             assert init == "none" or os.path.dirname(init) in folders
     assert len(set(map(str, runs.values()))) == len(runs)
-    pretrainings = {re.sub("-seed.", "", name) for name in runs if "pretrain" in name}
-    assert len(pretrainings) == 6 + 3  # of Table 3, and of Table 5, which shares one of them
-    with_objects, _ = pretrain.parse(runs["WORK/pretrain-all-seed1"][2:])
-    without, _ = pretrain.parse(runs["WORK/pretrain-no-detection-seed1"][2:])
+    assert sum("pretrain" in name for name in runs) == 6  # of Table 3; the others have its first
+    with_objects, _ = pretrain.parse(runs["WORK/pretrain-all-25600-seed1"][2:])
+    without, _ = pretrain.parse(runs["WORK/pretrain-no-detection-25600-seed1"][2:])
     assert (with_objects.without, without.without) == ([], ["detection"])
     assert with_objects.steps * with_objects.batch_size == 25_600 and with_objects.seed == 1
 
 
-def test_some_of_the_rows(capsys):
-    found = commands(capsys, "--table", "3", "--rows", "all", "no detection")
-    assert len(found) == 2 * 2 * 3
-    assert tables.main(["--table", "3", "--mini", "--rows", "nothing", "--dry-run"]) == 2
-    assert "table 3 has none of that name; there are: 'all', 'no cap" in capsys.readouterr().err
-
-
-class Fork:
-    """A command in a fork of conftest's warm process, with what the runner asks of a Popen."""
-
-    def __init__(self, words, log):
-        self.process = conftest.FORKS.Process(target=conftest._work, args=(
-            words[1], words[2:], ROOT, {"OMP_NUM_THREADS": "1"}, [os.devnull, log, log]))
-        self.process.start()
-        self.terminate, self.wait = self.process.terminate, self.process.join
-
-    def poll(self):
-        return self.process.exitcode
-
-    returncode = property(poll)
-
-
 @pytest.fixture
 def started(monkeypatch):
-    """The names of the runs that were started."""
+    """The folders' names of the runs that were started, each with SMALL's flags."""
     names = []
 
-    def popen(words, env, stdin, stdout, stderr):
-        words = ["python", os.path.basename(words[1]), *words[2:]]
-        folder = words[words.index("--output") + 1]
-        names.append(os.path.basename(folder))
-        return Fork(words, os.path.join(folder, "output.txt"))
+    def call(words, env, stdin, stdout, stderr):
+        done = run_command(os.path.basename(words[1]), *words[2:], *SMALL)
+        names.append(os.path.basename(words[words.index("--output") + 1]))
+        stdout.write(done.stdout + done.stderr)
+        return done.returncode
 
-    monkeypatch.setattr(tables.subprocess, "Popen", popen)
+    monkeypatch.setattr(tables.subprocess, "call", call)
     monkeypatch.setattr(tables, "commit", lambda: "abc")
     return names
 
 
-def words_for(world, folder, *more):
-    return ["--mini", "--data", world, "--output", f"{folder}/out", "--work", f"{folder}/work",
-            *more, *SMALL]
+def make(world, folder, *more):
+    return tables.main(["--table", "7", "--mini", "--budget", "64", "--jobs", "1", "--data", world,
+                        "--output", f"{folder}/out", "--work", f"{folder}/work", *more])
 
 
-def test_a_table_is_made_and_its_runs_kept(world, tmp_path, started, capsys):
+def test_a_table_is_made_and_its_runs_kept(world, tmp_path, started):
     (tmp_path / "out").mkdir()
     readme = tmp_path / "out/README.md"
     readme.write_text("before\n<!-- table 7 -->\nold\n<!-- end -->\nafter\n")
-    words = words_for(world, tmp_path, "--seeds", "2", "--budget", "64", "--rows",
-                      "pre-trained, sentence", "from scratch, sentence")
-    assert tables.main(["--table", "7", *words]) == 0
+    words = ["--seeds", "2", "--rows", "pre-trained, sentence", "from scratch, sentence"]
+    assert make(world, tmp_path, *words) == 0
     assert len(set(started)) == len(started) == 2 * 3
     result = json.loads((tmp_path / "out/table7.json").read_text())
     logs = []
     for seed in (0, 1):  # a value is the last validation's in the run's own log
-        lines = (tmp_path / f"work/detection-all-seed{seed}/log.jsonl").read_text().splitlines()
-        logs.append(json.loads(lines[-1])["val_AP50"])
+        log = tmp_path / f"work/detection-all-64-seed{seed}/log.jsonl"
+        logs.append(json.loads(log.read_text().splitlines()[-1])["val_AP50"])
     row = result["rows"][0]
     measure = row["measures"]["detection.AP50"]
     assert row["name"] == "pre-trained, sentence" and len(result["rows"]) == 2
-    assert measure["values"] == pytest.approx(logs, rel=1e-4)
-    assert measure["mean"] == pytest.approx(statistics.fmean(logs), rel=1e-4)
-    assert measure["std"] == pytest.approx(statistics.stdev(logs), rel=1e-4)
+    assert measure["values"] == logs and measure["mean"] == pytest.approx(statistics.fmean(logs))
+    assert measure["std"] == pytest.approx(statistics.stdev(logs))
     assert (tmp_path / "out/table7.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("before\n<!-- table 7 -->\n|  | AP | AP50 | paper: AP | paper: AP50 |\n")
     assert text.endswith("\n<!-- end -->\nafter\n") and "commit abc" in text and "old" not in text
     assert not list((tmp_path / "work").glob("detection*/*.pt"))  # nothing starts from them
 
-    # Again: nothing is run. With another budget they are other runs, here and in --work.
     started.clear()
-    assert tables.main(["--table", "7", *words]) == 0 and not started
+    assert make(world, tmp_path, *words) == 0 and not started
     assert json.loads((tmp_path / "out/table7.json").read_text())["rows"] == result["rows"]
-    words[words.index("64")] = "128"
-    assert tables.main(["--table", "7", *words]) == 2
-    assert "pretrain-all-seed0.json: is of a run with other flags" in capsys.readouterr().err
-    words[words.index(f"{tmp_path}/out")] = f"{tmp_path}/out2"
-    assert tables.main(["--table", "7", *words]) == 2 and not started
-    assert "run.json: is of a run with other flags" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named_with_its_last_words(world, tmp_path, started, capsys):
-    words = words_for(world, tmp_path, "--seeds", "1", "--budget", "64", "--jobs", "1")
-    assert tables.main(["--table", "7", *words, "--lr", "nan"]) == 2
-    error = capsys.readouterr().err
-    assert "pretrain-all, seed 0: exit code 2" in error
-    assert "--lr" in error and "output.txt" in error
-    assert not os.path.exists(tmp_path / "out/runs")
-
-
-def test_a_signal_stops_what_it_runs(world, tmp_path):
-    """A real command line: SIGTERM ends it and what it runs, which keep a checkpoint."""
-    words = ["--seeds", "1", "--budget", "10000000", "--jobs", "1"]
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, "tests/tables.py"), "--table", "7",
-         *words_for(world, tmp_path, *words)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = tmp_path / "work/pretrain-all-seed0/log.jsonl"
-    until = time.time() + 200
-    while not (log.exists() and log.read_text()) and time.time() < until:
-        time.sleep(0.1)
-    process.terminate()
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGINT, out
-    assert "stopped at step" in (log.parent / "output.txt").read_text()
-    assert (log.parent / "last.pt").exists()
+def test_a_run_that_fails_and_an_unknown_row_are_one_line(world, tmp_path, started, capsys):
+    assert make(world, tmp_path, "--rows", "nothing") == 2
+    assert "table 7 has none of that name; there are: 'pre-tr" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert make(str(tmp_path / "empty"), tmp_path, "--seeds", "1") == 2
+    output = tmp_path / "work/pretrain-all-64-seed0/output.txt"
+    assert f"pretrain-all-64-seed0: exit code 2, see {output}" in capsys.readouterr().err
+    assert "README" in output.read_text() and not os.path.exists(tmp_path / "out/runs")
 
 
 def test_what_is_better_and_what_is_within_the_spread():
@@ -168,20 +111,6 @@ def test_what_is_better_and_what_is_within_the_spread():
     assert tables.compared(of(3, 4, 5), of(0, 1, 2.9), smaller=True) == "-"
     assert of(1, 2, 3, 6) == {"mean": 3, "std": pytest.approx((14 / 3) ** 0.5),
                               "values": [1, 2, 3, 6]}
-
-
-def test_a_table_as_markdown():
-    result = {"heads": {"vqa.overall": "VQA", "nlvr2.accuracy": "NLVR2"}, "reference": "all"}
-    result["rows"] = [
-        {"name": "all", "paper": {"vqa.overall": 70.76}, "measures": {
-            "vqa.overall": tables.spread([80.0, 82.0]),
-            "nlvr2.accuracy": tables.spread([0.7, 0.74])}},
-        {"name": "none", "paper": {}, "measures": {
-            "vqa.overall": tables.spread([40.0, 41.0]),
-            "nlvr2.accuracy": tables.spread([0.72, 0.5])}}]
-    assert tables.markdown(result) == (
-        "|  | VQA | NLVR2 | paper: VQA |\n| --- | --- | --- | --- |\n"
-        "| all | 81.0 ± 1.4 | 72.0 ± 2.8 | 70.76 |\n| none | 40.5 ± 0.7 (-) | 61.0 ± 15.6 |  |")
 
 
 def test_the_page_of_results_has_the_tables_that_were_made():
