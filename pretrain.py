@@ -43,7 +43,8 @@ from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal
                   on_first_process, other_sentence, pad_images, pad_tokens, pretraining_index,
                   print0, to_pixels)
 from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
-from matcher import LOSS_WEIGHTS, detection_target, loss_normalizers, set_loss, to_device
+from matcher import (LOSS_WEIGHTS, NO_OBJECT_WEIGHT, detection_target, loss_normalizers,
+                     no_object_weight, set_loss, to_device)
 from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
                    save_checkpoint)
 
@@ -112,8 +113,10 @@ def collate(items, pad, stride):
     """Items of PretrainingSet -> a batch: images, sizes, padded (see pad_images), tokens (B, K, T),
     mlm_positions (M,): the masked tokens' places in tokens.flatten(), mlm_labels (M,): what they
     were, captions (B, K, Tc), itm_labels (B, K) (1 = the sentence belongs to the image),
-    no_sentence (B,) (True = detection without a sentence), targets: B dicts, see matcher.set_loss;
-    ids, broken: names and messages. For the grid-word loss also what `grid_words` gives.
+    no_sentence (B,) (True = detection without a sentence: for some images, and where the first
+    sentence is another image's, or the detector would learn not to read), targets: B dicts, see
+    matcher.set_loss; ids, broken: names and messages. For the grid-word loss also what `grid_words`
+    gives.
     """
     images, sizes, padded = pad_images([item["image"] for item in items])
     B, K = len(items), len(items[0]["tokens"])
@@ -128,7 +131,8 @@ def collate(items, pad, stride):
              "mlm_positions": positions, "mlm_labels": labels[positions],
              "captions": stack("captions", pad),
              "itm_labels": torch.tensor([item["itm_labels"] for item in items]),
-             "no_sentence": torch.tensor([item["no_sentence"] for item in items]),
+             "no_sentence": torch.tensor([item["no_sentence"] or not item["itm_labels"][0]
+                                          for item in items]),
              "targets": [item["target"] for item in items],
              "ids": [item["id"] for item in items],
              "broken": [message for item in items for message in item["broken"]]}
@@ -210,9 +214,10 @@ class Batches(Sampler):
 class Pretraining(nn.Module):
     """The model with its four losses: what DistributedDataParallel wraps."""
 
-    def __init__(self, model):
+    def __init__(self, model, no_object=NO_OBJECT_WEIGHT):
+        """no_object: of matcher.set_loss."""
         super().__init__()
-        self.model = model
+        self.model, self.no_object = model, no_object
 
     def normalizers(self, batch):
         """What each loss is divided by: counts that are summed over all processes and
@@ -224,7 +229,7 @@ class Pretraining(nn.Module):
         config = self.model.config
         words = (batch["captions"][..., 1:] != config.pad).sum()
         return [len(batch["mlm_positions"]), batch["itm_labels"].numel(), float(words),
-                *loss_normalizers(batch["targets"], config.queries)]
+                *loss_normalizers(batch["targets"], config.queries, self.no_object)]
 
     def forward(self, batch, normalizers):
         """The named losses of section 3.2, each divided by its normalizer. batch: of `collate`."""
@@ -239,7 +244,7 @@ class Pretraining(nn.Module):
             "loss_caption": F.cross_entropy(outputs["caption"].float().flatten(0, 1), next_words,
                                             ignore_index=self.model.config.pad,
                                             reduction="sum") / words,
-            **set_loss(outputs["objects"], batch["targets"], normalizers[3:]),
+            **set_loss(outputs["objects"], batch["targets"], normalizers[3:], self.no_object),
         }
         if "grid_words" in outputs:
             losses["loss_grid_word"] = grid_word_loss(outputs["grid_words"], batch) / boxes
@@ -689,6 +694,9 @@ def parse(argv):
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
                    help="leave out (Table 3): mlm itm detection attributes caption")
+    g.add_argument("--no-object-weight", type=AMOUNT, metavar="WEIGHT",
+                   help="of \"no object\" among the classes; default: what balances the objects of "
+                   "the training set and the queries (DETR: 0.1)")
     g.add_argument("--loss-weights", nargs="+", type=named_weight, default=[],
                    metavar="NAME=WEIGHT",
                    help="instead of 1 and DETR's: mlm itm caption class bbox giou attribute")
@@ -790,9 +798,13 @@ def pretrain(args, state):
         tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
         model = build_model(state, args.resume)
     model.to(run.device)
+    mean_objects = 0.0
     if run.rank == 0:
-        for split, examples in (("train", data["train"]), ("val", val)):
-            describe(split, examples, names, model.config.queries, tokenizer, print0)
+        mean_objects = describe("train", data["train"], names, args.queries, tokenizer, print0)
+        describe("val", val, names, args.queries, tokenizer, print0)
+    if args.no_object_weight is None:  # kept with the flags, so that a resumed run has it too
+        args.no_object_weight = no_object_weight(gather(mean_objects)[0], args.queries)
+        print0(f"no-object weight: {args.no_object_weight:.2f}")
 
     backbone = list(model.backbone.resnet.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.resnet")]
@@ -826,7 +838,8 @@ def pretrain(args, state):
                 print0(f"  {key} {value:.3f} (blind {blind:.3f})")
         print0(f"see {args.output}/curves.png and sheet.png")
 
-    return train(run, Pretraining(model), loader, optimizer, weights, last_third, validate,
+    objective = Pretraining(model, args.no_object_weight)
+    return train(run, objective, loader, optimizer, weights, last_third, validate,
                  lambda step: args.val_every and step % args.val_every == 0)
 
 
