@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, add_box_flags, command, describe,
-                  load_images, number, pad_images, pad_tokens, print0, to_pixels)
+                  gather, load_images, number, pad_images, pad_tokens, print0, to_pixels)
 from evaluate import check_classes, draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
@@ -33,8 +33,10 @@ from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, new_model, par
                       shared_flags, train)
 from tasks import TASKS, make_task
 
-# With --init FILE the model is the file's, but for its dropout: these flags can only agree with it
-FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag != "dropout"), "backbone_weights", "vocab")
+# With --init FILE the model is the file's, and these flags can only agree with it
+FREE_FLAGS = ("dropout", "train_stem")
+FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbone_weights",
+              "vocab")
 
 
 class TaskSet(Dataset):
@@ -187,7 +189,7 @@ def initial_model(args, task, names):
             state["model"].pop(f"classes.coco.{part}", None)
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
     torch.manual_seed(args.seed)  # the same new weights in each process
-    model = E2EVLP(replace(config, dropout=args.dropout, **more))
+    model = E2EVLP(replace(config, dropout=args.dropout, train_stem=args.train_stem, **more))
     load_pretrained(model, state["model"], print0)
     return model, tokenizer, {**state["names"], **names}
 
@@ -223,6 +225,8 @@ def finetune(args, state):
         is_backbone = name.startswith("backbone.resnet")
         if not name.startswith(tuple(task.modules)) or is_backbone and not args.lr_backbone:
             parameter.requires_grad_(False)
+        elif not parameter.requires_grad:
+            continue  # the ResNet's stem
         elif is_backbone:
             groups["backbone"].append(parameter)
         elif name.startswith("classifier."):
@@ -234,9 +238,12 @@ def finetune(args, state):
     dataset = TaskSet(task, index["train"]["examples"], tokenizer, short_sides=args.short_sides,
                       long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
                       most=args.train_examples, seed=args.seed)
+    mean_objects = 0.0
     if run.rank == 0:
-        for split, examples in (("train", index["train"]["examples"]), ("val", val)):
-            describe(split, examples, names, model.config.queries, tokenizer, print0)
+        mean_objects = describe("train", index["train"]["examples"], names, model.config.queries,
+                                tokenizer, print0)
+        describe("val", val, names, model.config.queries, tokenizer, print0)
+    task.set_balance(gather(mean_objects)[0], model.config.queries)
     print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, "
            f"{len(val)} to validate" + (f", {len(task.labels)} answers" if task.labels else ""))
     optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],

@@ -53,6 +53,7 @@ class Config:
     backbone: str = "r50"           # one of BACKBONES
     stride: int = 32                # pixels a cell: 32 ends the ResNet at C5 (the paper), 16 at C4
     frozen_batch_norm: bool = True  # with ImageNet weights; an untrained ResNet must not be frozen
+    train_stem: bool = False        # else, with ImageNet weights, conv1 and layer1 stay as they are
     width: int = 256                # D: hidden units
     heads: int = 12
     head_width: int = 32
@@ -150,6 +151,11 @@ class Backbone(nn.Module):
                     if isinstance(conv, nn.Conv2d):
                         conv.__class__ = FoldedConv  # in place: its weights keep their name
                         conv.norm = [norm]           # in a list: as a module it has a name already
+            if not config.train_stem:
+                # As DETR does: edges and colours are the same everywhere, and without a gradient
+                # the largest activations of the model need not be kept.
+                self.resnet.conv1.requires_grad_(False)
+                self.resnet.layer1.requires_grad_(False)
         self.project = nn.Conv2d(channels, config.width, kernel_size=1)  # 1x1: C -> D, "z_img"
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)

@@ -575,16 +575,16 @@ class Run:
 
 # The flags that say what the model is; a resumed run, and a fine-tuning, has its checkpoint's.
 MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers",
-               "decoder_layers", "queries", "temperature", "dropout")
+               "decoder_layers", "queries", "temperature", "dropout", "train_stem")
 # The miniature world on two cores in 19 minutes: smaller, with a recipe that is faster at first
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
-                  feed_forward=256, encoder_layers=3, decoder_layers=3, queries=16,
+                  feed_forward=256, encoder_layers=3, decoder_layers=4, queries=10,
                   temperature=20.0, dropout=0.0)
 MINI_LOADING = dict(data="data/mini", short_sides=[64], long_side=96, workers=1)
 MINI = dict(**MINI_MODEL, **MINI_LOADING, sentences_per_picture=4, minutes=18.5, epochs=40, lr=1e-3,
             lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, mask_named=0.5,
-            loss_weights=[("loss_mlm", 8.0), ("loss_itm", 8.0), ("loss_caption", 2.0),
-                          ("loss_attribute", 2.0)],
+            loss_weights=[("loss_mlm", 8.0), ("loss_itm", 8.0), ("loss_caption", 4.0),
+                          ("loss_class", 2.0), ("loss_attribute", 2.0)],
             grid_word_loss=8.0, val_pictures=200, val_every=500, output="runs/mini",
             checkpoint_minutes=5.0)
 
@@ -641,6 +641,8 @@ def shared_flags(usage, description):
     g.add_argument("--decoder-layers", type=COUNT, default=6, help="for objects and for captions")
     g.add_argument("--queries", type=COUNT, default=100, help="the most objects in an image")
     g.add_argument("--dropout", type=SHARE, default=0.1, help="share of units, 0 to 1")
+    g.add_argument("--train-stem", action="store_true",
+                   help="train the ResNet's conv1 and layer1 too, which ImageNet weights freeze")
 
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=COUNT, default=32, help="images a step, in all processes")
@@ -806,7 +808,7 @@ def pretrain(args, state):
         args.no_object_weight = no_object_weight(gather(mean_objects)[0], args.queries)
         print0(f"no-object weight: {args.no_object_weight:.2f}")
 
-    backbone = list(model.backbone.resnet.parameters())
+    backbone = [p for p in model.backbone.resnet.parameters() if p.requires_grad]
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.resnet")]
     optimizer = run.set_up(model, tokenizer, names, [(rest, args.lr), (backbone, args.lr_backbone)],
                            len(data["train"]))

@@ -33,7 +33,8 @@ from pycocotools.cocoeval import COCOeval
 from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
                   load_or_build_index, number, pad_tokens, parse_json, read_boxes, read_json,
                   read_pairs, read_text, safe_name)
-from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
+from matcher import (NO_OBJECT_WEIGHT, boxes_in_pixels, detection_target, loss_normalizers,
+                     no_object_weight, set_loss)
 
 TASKS = {}
 
@@ -139,6 +140,9 @@ class Task:
         return sorted(train_targets)
 
     # How it learns
+
+    def set_balance(self, mean_objects, queries):
+        """Called once before training: the mean number of objects in an image, and of queries."""
 
     def sentences(self, examples, most=1, rng=None):
         """What is read with one image's examples, at most `most` of an example's own sentences."""
@@ -804,12 +808,16 @@ class Detection(Task):
 
     text: str = flag("caption", choices=("caption", "none"),
                      help="the sentence that detection is given")
+    no_object_weight: float | None = flag(None, type=number(float, 0, 1e6), metavar="WEIGHT",
+                                          help="detection: of \"no object\" among the classes "
+                                          "(default: what balances objects and queries)")
     train_annotations: str | None = None  # boxes of one's own, see data.add_box_flags
     train_images: str | None = None
     val_annotations: str | None = None
     val_images: str | None = None
 
     name = "detection"
+    no_object = NO_OBJECT_WEIGHT
     new_head = False
     can = ("detect",)
     selection_metric = ("AP",)
@@ -851,11 +859,16 @@ class Detection(Task):
         sentences = examples[0].sentences or [""]
         return [rng.choice(sentences) if rng else sentences[0]]
 
+    def set_balance(self, mean_objects, queries):
+        self.no_object = self.no_object_weight
+        if self.no_object is None:
+            self.no_object = no_object_weight(mean_objects, queries)
+
     def target(self, example):
         return detection_target("coco", example.coco)
 
     def normalizers(self, batch, config):
-        return loss_normalizers(batch["targets"], config.queries)
+        return loss_normalizers(batch["targets"], config.queries, self.no_object)
 
     def detect(self, model, batch):
         tokens = batch["tokens"] if self.text == "caption" else None
@@ -864,7 +877,7 @@ class Detection(Task):
     def losses(self, model, batch, normalizers):
         objects = self.detect(model, batch)
         objects["logits"] = {"coco": objects["logits"]["coco"]}
-        return set_loss(objects, batch["targets"], normalizers)
+        return set_loss(objects, batch["targets"], normalizers, self.no_object)
 
     def answer(self, model, batch, examples, tokenizer):
         """For each image [(label, [x, y, w, h] in pixels, score)], one a query."""
@@ -876,24 +889,26 @@ class Detection(Task):
         return answers
 
     def annotations(self, path):
-        """(what COCO's file holds, a dict; {category's name: its id})."""
+        """(what COCO's file holds, a dict; {category's name: its id}, by id)."""
         instances = read_json(path, CocoInstances, "the score")
         truth = msgspec.json.decode(msgspec.json.encode(instances))  # pycocotools wants lists
         for count, annotation in enumerate(truth["annotations"], 1):
             annotation["id"] = count  # pycocotools takes 0, and one twice, for no annotation
             if annotation["area"] is None:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        return truth, {category["name"]: category["id"] for category in truth["categories"]}
+        categories = sorted(truth["categories"], key=lambda category: category["id"])
+        return truth, {category["name"]: category["id"] for category in categories}
 
     def records(self, answers, examples, data, split):
         """(answers as dicts of a result file, COCO's annotations). Classes go by their names: those
         that the annotations do not have cannot be scored.
         """
         truth, ids = self.annotations(self.annotations_path(data, split))
+        names = self.names.get("coco") or list(ids)
         records = []
         for example, found in zip(examples, answers):
             for label, box, score in found:
-                name = self.names["coco"][label]
+                name = names[label]
                 if name in ids:
                     records.append({"image_id": example.id, "category_id": ids[name],
                                     "bbox": [round(v, 2) for v in box], "score": round(score, 5)})

@@ -584,8 +584,8 @@ def table_6(args):
 
 
 def detr(args, dropout=0.0, backbone="r50"):
-    """transformers' DETR. All of its ResNet learns, as ours does: its own rule for what to freeze
-    fits no name of transformers' ResNet.
+    """transformers' DETR. Its ResNet's stem and first stage are frozen, as the published one's and
+    ours are: its own rule for what to freeze fits no name of transformers' ResNet.
     """
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
     torch.manual_seed(0)
@@ -598,7 +598,9 @@ def detr(args, dropout=0.0, backbone="r50"):
         backbone_config=ResNetConfig(out_features=["stage4"], **sizes), auxiliary_loss=True,
         encoder_layers=layers, decoder_layers=layers, dropout=dropout, attention_dropout=dropout,
         activation_dropout=dropout))
-    return sane(model.requires_grad_(True)).to(args.device).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
+    return sane(model).to(args.device).eval()
 
 
 @torch.inference_mode()

@@ -94,7 +94,8 @@ def small_model(**changes):
     torch.manual_seed(0)
     small = dict(backbone="r18", stride=16, width=32, heads=2, feed_forward=64, encoder_layers=2,
                  decoder_layers=2, queries=5, dropout=0.0, vocabulary=50, max_tokens=12,
-                 classes={"coco": 3, "vg": 4}, attributes=6, pad=0, cls=2, sep=3, mask=4)
+                 classes={"coco": 3, "vg": 4}, attributes=6, pad=0, cls=2, sep=3, mask=4,
+                 train_stem=True)
     model = E2EVLP(Config(**{**small, **changes}))
     for name, tensor in model.state_dict().items():
         if "running_mean" in name or "bn" in name and name.endswith("bias"):

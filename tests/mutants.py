@@ -39,7 +39,7 @@ MISTAKES = {
         ("rows-not-shifted", "from the second image on, objects of other images are meant",
          "first_row += n", "first_row = 0"),
         ("no-object-unweighted", "no-object becomes the answer to everything",
-         ".fill_(NO_OBJECT_WEIGHT)", ".fill_(1.0)"),
+         ".fill_(no_object)", ".fill_(1.0)"),
         ("attributes-summed", "a box of five attributes weighs five times one of one",
          " / attributes.sum(-1).clamp(min=1)", ""),
         ("last-layers-boxes", "the earlier layers' boxes get no gradient",

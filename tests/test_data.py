@@ -905,3 +905,18 @@ def test_what_there_is_to_train_on_is_said(own, tmp_path):
         "  boxes an image: 2.0 in the mean, 5 at most; 1 images have none",
         "  1 images have more objects than there are queries (3): 2 objects can never be found; "
         "--queries sets more"]
+
+
+def test_a_wrong_sentence_is_kept_from_detection(world):
+    """Where the first sentence is another image's, detection has none."""
+    data = pretraining_index(world, say=[].append)
+    tokenizer = Tokenizer(f"{world}/vocab.txt")
+    dataset = PretrainingSet(data["train"], tokenizer, len(data["names"]["attributes"]),
+                             short_sides=(64,), long_side=96, sentences_per_image=2,
+                             without_sentence=0.25)
+    items = [dataset[0, i, 0] for i in range(64)]
+    batch = collate(items, tokenizer.pad, 16)
+    expected = [item["no_sentence"] or item["itm_labels"][0] == 0 for item in items]
+    assert batch["no_sentence"].tolist() == expected
+    alone = [item["no_sentence"] for item in items]
+    assert 0.05 < sum(alone) / 64 < 0.45 and 0.4 < sum(expected) / 64 < 0.8

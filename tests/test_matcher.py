@@ -16,6 +16,7 @@ from matcher import (
     generalized_box_iou,
     hungarian_match,
     loss_normalizers,
+    no_object_weight,
     set_loss,
 )
 
@@ -218,3 +219,16 @@ def test_predictions_that_are_not_finite_are_matched_last_and_the_loss_is_not_fi
     assert len(layer) == 3 * (2 + 8)
     assert not ((layer == 1) & (image == 0) & (query == 3)).any()
     assert not torch.isfinite(weighted(set_loss(outputs, targets)))
+
+
+def test_no_object_weighs_what_balances_objects_and_queries():
+    """About DETR's 0.1 for COCO's 7.3 objects; and in the loss both sides then weigh the same."""
+    assert no_object_weight(7.3, 100) == pytest.approx(7.3 / 92.7)
+    weight = no_object_weight(3.0, 8)
+    outputs, targets = random_case((2, 4))
+    _, class_weight, _ = loss_normalizers(targets, 8, weight)
+    assert class_weight == pytest.approx(2 * 6)  # six objects, and ten queries that weigh as much
+    logits = outputs["logits"]["coco"]
+    logits.data.zero_()
+    assert set_loss(outputs, targets, no_object=weight)["loss_class"].item() == pytest.approx(
+        3 * math.log(logits.shape[-1]), rel=1e-5)

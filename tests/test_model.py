@@ -665,3 +665,27 @@ def test_the_walks_shapes_flops_and_parameters_by_hand():
         assert sum(row[2] for row in rows) == count_parameters(E2EVLP(config))
     for row in rows:
         functools.reduce(getattr, row[4].split("."), model_module)  # each name is there
+
+
+def test_the_stem_stays_as_it_is_and_keeps_nothing_for_the_backward_pass():
+    model = small_model(train_stem=False).train()
+    batch = small_batch()
+    inputs = []
+    model.backbone.resnet.layer2[0].register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    loss, _ = pretraining_loss(model, batch)
+    loss.backward()
+    assert not inputs[0].requires_grad
+    stem = [model.backbone.resnet.conv1, model.backbone.resnet.layer1]
+    assert all(p.grad is None for module in stem for p in module.parameters())
+    assert model.backbone.resnet.layer2[0].conv1.weight.grad.abs().sum() > 0
+    for changes in ({"train_stem": True}, {"train_stem": False, "frozen_batch_norm": False}):
+        model = small_model(**changes)
+        assert all(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_queries_begin_as_places_of_a_grid():
+    """Ten queries of a 4 x 4 grid; no two are alike."""
+    positions = E2EVLP(Config(backbone="r18", queries=10)).query_positions.weight
+    grid = sine_positions(torch.ones(1, 4, 4, dtype=torch.bool), 256)[0]
+    close(positions.detach(), grid[:10])
+    assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.5
