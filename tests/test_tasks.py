@@ -420,7 +420,9 @@ def plausible_answers(name, examples):
 @pytest.mark.parametrize("name", AGAINST)
 def test_a_result_file_has_the_scores_of_the_answers(name, world, tmp_path):
     task = make_task(name, {})
-    examples = list(task.index(world, "val", **QUIET)["examples"])
+    index = task.index(world, "val", **QUIET)
+    task.names = index["names"]
+    examples = list(index["examples"])
     answers = plausible_answers(name, examples)
     scores = task.score(answers, examples, world, "val")
     assert 0 < scores[task.selection_metric[0]] != pytest.approx(1)
