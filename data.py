@@ -34,7 +34,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 
-from matcher import box_in_fractions
+from matcher import box_in_fractions, boxes_in_pixels
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as torchvision's weights expect
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -861,6 +861,36 @@ def to_pixels(image, short, long=LONG_SIDE):
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
 
 
+def flip_and_crop(image, objects, rng):
+    """DETR's augmentation beside the scale's: (PIL image, Objects), mirrored in half of the cases,
+    in another half cut to a random rectangle. What a box has inside of it stays; boxes without area
+    there are left out.
+
+    DETR makes the short side 400, 500 or 600, cuts out 384 to 600 pixels each way, and resizes the
+    rectangle like a whole image. Here it is cut from the pixels as they are, so none are resized
+    twice, and shares of the short side are the same in an image of any size.
+    """
+    boxes = torch.tensor(objects.boxes, dtype=torch.float64).view(-1, 4)
+    boxes = boxes_in_pixels(boxes, (image.height, image.width)).tolist()      # x, y, w, h
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+        boxes = [(image.width - x - w, y, w, h) for x, y, w, h in boxes]
+
+    if rng.random() < 0.5:
+        short = rng.choice((400, 500, 600))
+        scale = min(image.size) / short
+        width, height = (max(1, round(scale * rng.uniform(384, min(side / scale, 600))))
+                         for side in image.size)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+        boxes = [(x - left, y - top, w, h) for x, y, w, h in boxes]
+
+    boxes = [box_in_fractions(box, image.width, image.height) for box in boxes]
+    # 1e-4: a box that ends where the rectangle begins has a rest of rounding
+    kept = [i for i, box in enumerate(boxes) if box is not None and min(box[2:]) > 1e-4]
+    return image, Objects([boxes[i] for i in kept], [objects.labels[i] for i in kept])
+
+
 def decodable(examples, say=print):
     """Those whose images decode; the others are named and left out."""
     good = []
@@ -918,14 +948,14 @@ def mask_tokens(tokens, tokenizer, rng, named=frozenset(), named_share=0.15):
     return tokens, labels
 
 
-def other_sentence(examples, index, is_caption, rng):
+def other_sentence(examples, index, is_caption, rng, count=0):
     """A sentence of another image that is none of this one's; None if a hundred draws find none. A
     COCO caption stands for a caption, a region's description for a description: else an image that
-    only COCO has would tell a description as wrong by its kind.
+    only COCO has would tell a description as wrong by its kind. count: of the first so many images.
     """
     own = {sentence.lower() for sentence in examples[index].sentences}
     for _ in range(100):
-        number = rng.randrange(len(examples))
+        number = rng.randrange(count or len(examples))
         other = examples[number]
         first, last = (0, other.captions) if is_caption else (other.captions, None)
         choices = other.sentences[first:last]

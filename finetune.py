@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, add_box_flags, command, describe,
-                  gather, load_images, number, pad_images, pad_tokens, print0, to_pixels)
+                  gather, load_images, number, other_sentence, pad_images, pad_tokens, print0,
+                  to_pixels)
 from evaluate import check_classes, draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
@@ -42,8 +43,10 @@ FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbo
 class TaskSet(Dataset):
     """Examples of a task. Items are asked for as (epoch, index, draw), see pretrain.Batches.
 
-    An item is an image (NLVR2: two) with up to K questions about it, or K of its sentences drawn
-    anew at each visit, which share one pass of the backbone. With K = 1 an item is an example.
+    An item is an image (NLVR2: two) with up to K questions about it, or with up to K of its own
+    sentences (`by_sentence`), which share one pass of the backbone. All items together have each
+    question, or each pair of an image and a sentence, once; which of an image's sentences go
+    together is drawn anew in each epoch.
     """
 
     def __init__(self, task, examples, tokenizer, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
@@ -51,20 +54,44 @@ class TaskSet(Dataset):
         """examples: MmapList; most: use only the first so many (0: all)."""
         self.task, self.examples, self.tokenizer, self.seed = task, examples, tokenizer, seed
         self.short_sides, self.long_side, self.K = short_sides, long_side, sentences_per_image
-        # Item n has the examples order[starts[n]:starts[n + 1]], all about one image
+        # Item n has the examples order[starts[n]:starts[n + 1]], all about one image; by sentence
+        # they are one example so often
         self.count = min(len(examples), most or len(examples))
-        numbers = examples.image_numbers[:self.count]
-        self.order = np.argsort(numbers, kind="stable")
-        ordered = numbers[self.order]
-        place = np.arange(self.count) - np.searchsorted(ordered, ordered)  # among its image's
-        self.starts = np.append(np.flatnonzero(place % self.K == 0), self.count)
+        if task.by_sentence:
+            sentences = [len(examples[i].sentences) for i in range(self.count)]
+            self.order = ordered = np.repeat(np.arange(self.count), sentences)
+        else:
+            numbers = examples.image_numbers[:self.count]
+            self.order = np.argsort(numbers, kind="stable")
+            ordered = numbers[self.order]
+        place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # among its image's
+        self.starts = np.append(np.flatnonzero(place % self.K == 0), len(ordered))
+        self.first_places = place[self.starts[:-1]]
         self.sizes = examples.sizes[self.order[self.starts[:-1]]]
 
     def __len__(self):
         return len(self.starts) - 1
 
     def of_item(self, index):
-        return [self.examples[i] for i in self.order[self.starts[index]:self.starts[index + 1]]]
+        numbers = self.order[self.starts[index]:self.starts[index + 1]]
+        return [self.examples[i] for i in dict.fromkeys(numbers)]
+
+    def sentences(self, epoch, index, examples, rng):
+        """(what is read with the item's image; by sentence: so many wrong sentences for each)."""
+        if not self.task.by_sentence:
+            return self.task.sentences(examples, rng), []
+        # All items of an image shuffle its sentences alike, then each takes its part
+        number = self.order[self.starts[index]]
+        shuffled = list(examples[0].sentences)
+        random.Random(f"{self.seed} {epoch} sentences {number}").shuffle(shuffled)
+        first = self.first_places[index]
+        sentences = shuffled[first:first + self.K]
+        wrong = [other_sentence(self.examples, number, examples[0].captions > 0, rng, self.count)
+                 for _ in range(len(sentences) * self.task.negatives)]
+        if None in wrong:
+            raise InputError(f"--task {self.task.name}: no sentence was found that is not one of "
+                             f"image {examples[0].id}; it needs images with different ones")
+        return sentences, wrong
 
     def __getitem__(self, key):
         epoch, index, draw = key
@@ -73,9 +100,11 @@ class TaskSet(Dataset):
         images, index, broken = load_images(lambda i: self.of_item(i)[0], index, len(self),
                                             short, self.long_side)
         examples = self.of_item(index)
-        sentences = self.task.sentences(examples, self.K, rng)
+        sentences, wrong = self.sentences(epoch, index, examples, rng)
+        images, examples = self.task.augment_images(images, examples, rng)
         return {"images": [to_pixels(image, short, self.long_side) for image in images],
                 "tokens": [self.tokenizer.encode(sentence) for sentence in sentences],
+                "wrong": [self.tokenizer.encode(sentence) for sentence in wrong],
                 "targets": [self.task.target(example) for example in examples],
                 "ids": [example.id for example in examples], "broken": broken}
 
@@ -83,18 +112,21 @@ class TaskSet(Dataset):
 def collate_task(items, pad):
     """Items of TaskSet -> a batch of B images with N sentences: images, sizes, padded (see
     pad_images; for NLVR2 2 B, first all left ones, then all right ones); tokens (N, T); image (N,):
-    which of the B each is about; targets: what task.target made, a tensor or, of dicts and None, a
-    list; ids; broken.
+    which of the B each is about; wrong (N n, T): n wrong sentences for each (retrieval); targets:
+    what task.target made, a tensor or, of dicts and None, a list; ids; broken.
     """
     sides = zip(*(item["images"] for item in items))
     images, sizes, padded = pad_images([image for side in sides for image in side])
     targets = [target for item in items for target in item["targets"]]
     if isinstance(targets[0], (np.ndarray, np.integer)):
         targets = torch.from_numpy(np.stack(targets))
-    tokens = [tokens for item in items for tokens in item["tokens"]]
+    right = [tokens for item in items for tokens in item["tokens"]]
+    wrong = [tokens for item in items for tokens in item["wrong"]]
+    tokens = pad_tokens(right + wrong, pad)
     image = [n for n, item in enumerate(items) for _ in item["tokens"]]
     return {"images": images, "sizes": sizes, "padded": padded, "targets": targets,
-            "tokens": pad_tokens(tokens, pad), "image": torch.tensor(image),
+            "tokens": tokens[:len(right)], "wrong": tokens[len(right):],
+            "image": torch.tensor(image),
             "ids": [i for item in items for i in item["ids"]],
             "broken": [message for item in items for message in item["broken"]]}
 
@@ -131,7 +163,7 @@ def parse(argv):
     g.add_argument("--init", metavar="FILE",
                    help="checkpoint to start from, or none: then the model's flags count")
     g.add_argument("--train-examples", type=number(int, 0), default=0, metavar="N",
-                   help="train on the first ones only; 0: all")
+                   help="train on the first ones (captions: images) only; 0: all")
     g.add_argument("--val-every", type=number(float, 0.001), default=1.0, metavar="EPOCHS",
                    help="epochs between two validations")
     g.add_argument("--val-examples", type=number(int, 0), default=0, metavar="N",
@@ -155,7 +187,8 @@ def parse(argv):
         if args.init not in (None, "none"):
             parser.set_defaults(**dict.fromkeys(FILE_FLAGS))
     args, state = parse_resumed(parser, argv, fixed=(
-        *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers"))
+        *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers", "augment",
+        "train_splits"))
     if state is None and not (args.task and args.init):
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume FILE")
     return args, state
@@ -201,7 +234,12 @@ def finetune(args, state):
            if getattr(args, flag) and not hasattr(task, flag)]
     if own:
         raise InputError(f"--{own[0].replace('_', '-')}: --task {task.name} does not read it")
-    index = {split: task.index(args.data, split, args.index, print0) for split in ("train", "val")}
+    if args.augment != "none" and not hasattr(task, "augment"):
+        raise InputError(f"--augment {args.augment}: --task {task.name} reads a sentence")
+    if list(args.train_splits) != list(task.train_splits):
+        raise InputError(f"--train-splits: --task {task.name} has train alone")
+    index = {"train": task.index(args.data, "+".join(task.train_splits), args.index, print0),
+             "val": task.index(args.data, "val", args.index, print0)}
     check_classes(index["val"]["names"], index["train"]["names"], "the training file")
     val = index["val"]["examples"]
     val = val[:args.val_examples] if args.val_examples else val
@@ -215,7 +253,7 @@ def finetune(args, state):
         names["answers"] = []
         if task.new_head:
             names["answers"] = task.choose_labels(index["train"]["targets"],
-                                                  index["val"]["targets"])
+                                                  index["val"]["targets"], print0)
         model, tokenizer, names = initial_model(args, task, names)
     task.labels, task.names = names["answers"], names
     model.to(run.device)
@@ -244,8 +282,13 @@ def finetune(args, state):
                                 tokenizer, print0)
         describe("val", val, names, model.config.queries, tokenizer, print0)
     task.set_balance(gather(mean_objects)[0], model.config.queries)
-    print0(f"{task.name}: {dataset.count} examples in {len(dataset)} items to train on, "
-           f"{len(val)} to validate" + (f", {len(task.labels)} answers" if task.labels else ""))
+    print0(f"{task.name}: an epoch is {len(dataset.order)} "
+           f"{'pairs' if task.by_sentence else 'examples'} in {len(dataset)} items, "
+           f"{len(dataset) / args.batch_size:.1f} steps; {len(val)} examples to validate"
+           + (f", {len(task.labels)} answers" if task.labels else ""))
+    trained_on_all = "val" in task.train_splits
+    if trained_on_all:
+        print0("val is trained on, so nothing is validated: best.pt is the last checkpoint")
     optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],
                            len(dataset))
     per_epoch = run.per_epoch
@@ -253,6 +296,9 @@ def finetune(args, state):
     loader = run.loader(dataset, dataset.sizes, functools.partial(collate_task, pad=tokenizer.pad))
 
     def validate():
+        if trained_on_all:
+            run.save("best.pt", scores={}, optimizer=None)
+            return
         scores = {}
         for kind, examples in (("val", val), ("blind", val[:task.blind_examples])):
             answers = predict(task, model, tokenizer, examples, blind=kind == "blind",
@@ -271,7 +317,8 @@ def finetune(args, state):
             run.kept["best"] = metric
             run.save("best.pt", scores=scores["val"], optimizer=None)
 
-    if task.labels and state is None:  # what needs no model at all, to compare with
+    # What needs no model at all, to compare with
+    if task.labels and state is None and not trained_on_all:
         majority = max(index["train"]["targets"].items(), key=lambda pair: pair[1])[0]
         scores = task.score([majority] * len(val), val, args.data, "val")
         print0(f"always {majority!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -289,10 +336,12 @@ def finetune(args, state):
         return step / per_epoch // args.val_every > (step - 1) / per_epoch // args.val_every
 
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
-    code = train(run, objective, loader, optimizer, LOSS_WEIGHTS, decay, validate, validation_due)
+    weights = {**LOSS_WEIGHTS, **dict.fromkeys(task.logged, 0.0)}
+    code = train(run, objective, loader, optimizer, weights, decay, validate, validation_due)
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
-        print0(f"{args.output}/best.pt: " + ", ".join(f"{k} {v:.3f}" for k, v in best.items()))
+        print0(f"{args.output}/best.pt: "
+               + (", ".join(f"{k} {v:.3f}" for k, v in best.items()) or "the last checkpoint"))
     return code
 
 

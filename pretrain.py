@@ -529,7 +529,8 @@ class Run:
 
         steps = max(step, round(step / self.progress))  # with --minutes, the time decides
         left = self.seconds * (1 / min(1, self.progress) - 1) / 60
-        named = "  ".join(f"{name[5:]} {value:.3f}" for name, value in losses.items())
+        named = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}"
+                          for name, value in losses.items())
         print0(f"step {step}/{steps}  loss {total:.3f}  {named}  {speed:.0f} images/s  "
                f"{left:.1f} minutes left")
         self.logged, self.logged_step = time.time(), step

@@ -31,8 +31,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
-                  load_or_build_index, number, pad_tokens, parse_json, read_boxes, read_json,
-                  read_pairs, read_text, safe_name)
+                  flip_and_crop, load_or_build_index, number, pad_tokens, parse_json, read_boxes,
+                  read_json, read_pairs, read_text, safe_name)
 from matcher import (NO_OBJECT_WEIGHT, boxes_in_pixels, detection_target, loss_normalizers,
                      no_object_weight, set_loss)
 
@@ -89,6 +89,11 @@ class Task:
     settings = dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9])  # section 5.1
     mini = dict(batch_size=16, minutes=4.0)                           # of the miniature world
     blind_examples = 1000             # so many, the first ones, are asked blind too
+    by_sentence = False               # an epoch has each example with each of its own sentences
+    negatives = 0                     # wrong sentences that are drawn for each
+    logged = ()                       # what `losses` gives for the log alone
+    train_splits = ("train",)         # without val unless nothing is validated
+    variant = ""                      # one of several things that `read` may give
     Result = Result                   # a record of its result file: id, answer
     labels = ()                       # the classifier's answers, in the order of its outputs
     names = {}                        # {"coco": [...]}: the names of the model's classes
@@ -121,21 +126,23 @@ class Task:
         return ()
 
     def index(self, data, split, folder=None, say=print):
-        """`read` by the index: {"examples", "targets": {answer: how many}, "names": of classes}."""
+        """`read` by the index: {"examples", "targets": {answer: how many}, "names": of classes}.
+        split: several are joined by "+".
+        """
         def read(say):
-            examples = self.read(data, split, say)
+            examples = [e for part in split.split("+") for e in self.read(data, part, say)]
             targets = Counter(map(self.answer_of, examples))
             targets.pop(None, None)
             return {"examples": examples, "targets": targets, "names": self.names_read}
 
         own = self.own_files(split)
-        kind = f"{self.name}-{split}"
+        kind = f"{self.name}{self.variant}-{split}"
         if own:
             data = os.path.dirname(own[0]) or "."
             kind += f"-{os.path.basename(own[0])}"
         return load_or_build_index(data, folder, kind, read, say, own)
 
-    def choose_labels(self, train_targets, val_targets):
+    def choose_labels(self, train_targets, val_targets, say=print):
         """The classifier's answers, from {answer: number of examples}."""
         return sorted(train_targets)
 
@@ -144,9 +151,13 @@ class Task:
     def set_balance(self, mean_objects, queries):
         """Called once before training: the mean number of objects in an image, and of queries."""
 
-    def sentences(self, examples, most=1, rng=None):
-        """What is read with one image's examples, at most `most` of an example's own sentences."""
+    def sentences(self, examples, rng=None):
+        """What is read with one image's examples, unless an epoch goes `by_sentence`."""
         return [example.text for example in examples]
+
+    def augment_images(self, images, examples, rng):
+        """An item's (images, examples) as they are trained on, drawn anew at each visit."""
+        return images, examples
 
     def target(self, example):
         """What the loss compares with: a NumPy number or array, a dict of arrays, or None."""
@@ -321,12 +332,19 @@ class VQA(Task):
 
     answers: str | None = flag(None, metavar="FILE", help="VQA: a JSON list of answers (default: "
                                "those most people gave to 9 questions or more of train and val)")
+    train_splits: tuple[str, ...] = flag(
+        ("train",), nargs="+", choices=("train", "val"), help="VQA: what to train on; train val "
+        "for a test-dev run, whose last checkpoint is its best.pt (default: train)")
 
     name = "vqa"
     can = ("answer",)
     selection_metric = ("overall",)
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=7.0, val_every=3)
     Result = VqaResult
+
+    def __post_init__(self):
+        if list(self.train_splits) not in (["train"], ["train", "val"]):
+            raise InputError("--train-splits: can be train, or train val")
 
     def truth(self, path, split):
         return [Example(r.question_id, answers=[a.answer for a in r.answers],
@@ -362,13 +380,18 @@ class VQA(Task):
     def answer_of(self, example):
         return None if example.target is None else normalise_answer(example.target)
 
-    def choose_labels(self, train_targets, val_targets):
+    def choose_labels(self, train_targets, val_targets, say=print):
         """bottom-up-attention's list: what most people said to at least 9 questions."""
+        counts = Counter(train_targets)
+        if "val" not in self.train_splits:  # else they are counted already
+            counts += Counter(val_targets)
         if self.answers:
             labels = read_json(self.answers, list[str], "VQA's answers")
         else:
-            counts = Counter(train_targets) + Counter(val_targets)
             labels = sorted(answer for answer, n in counts.items() if n >= 9)
+            if counts.total() > 100_000 and len(labels) != 3129:
+                say(f"warning: {len(labels)} answers were given to 9 questions or more; of the "
+                    "official files it should be 3129")
         if not labels:
             raise InputError(f"--answers {self.answers}: there is no answer to choose from")
         return labels
@@ -486,6 +509,8 @@ class Captioned(Task):
     captioning and retrieval share.
     """
 
+    by_sentence = True
+
     pairs: str | None = None         # --pairs, see data.read_pairs
     pairs_images: str | None = None  # --images
 
@@ -510,10 +535,6 @@ class Captioned(Task):
         if not examples:
             raise InputError(f"{path}: has no image in split {split!r}")
         return examples
-
-    def sentences(self, examples, most=1, rng=None):
-        sentences = examples[0].sentences
-        return rng.sample(sentences, min(most, len(sentences))) if rng else sentences[:most]
 
     def target(self, example):
         return None
@@ -673,21 +694,33 @@ def retrieval_scores(scores, owner):
 @register
 @dataclass
 class Retrieval(Captioned):
-    """Flickr30k, by ITM's head: find the image of a sentence, and the sentences of an image."""
+    """Flickr30k, by ITM's head: find the image of a sentence, and the sentences of an image.
+
+    Section 5.1 takes its settings from ERNIE-ViL, whose released ones (PaddlePaddle/ERNIE,
+    ernie-vil/conf/flickr) are margin 0.3, scale 32, and 20 wrong images a sentence, drawn from the
+    whole training set: it reads their features from a file. Here a further image would cost a pass
+    of the ResNet, which learns. So wrong images are those of the batch, whose grids are there
+    already. Wrong sentences, which cost the encoder alone, are drawn from the whole training set.
+    """
 
     negatives: int = flag(4, type=number(int, 1, 10**6), metavar="N",
-                          help="retrieval: wrong sentences, and images, a pair")
+                          help="retrieval: wrong sentences a pair, of the whole training set, and "
+                          "wrong images, at most the others that a process holds at once")
     gamma: float = flag(32.0, type=number(float, 0, 1e6), metavar="SCALE",
                         help="retrieval: scale of the circle loss")
-    margin: float = flag(0.25, type=number(float, 0, 1), metavar="MARGIN",
+    margin: float = flag(0.3, type=number(float, 0, 1), metavar="MARGIN",
                          help="retrieval: margin of the circle loss")
+    # The similarity is sigmoid(log-odds / 4). Pre-training has made the head sure: without the 4 a
+    # wrong pair with log-odds of 12 would have 1/20,000 of the gradient of one with 0.
+    similarity_temperature: float = 4.0
 
     name = "flickr30k"
     new_head = False
     can = ("match",)
     modules = ("backbone", "sentence", "encoder", "itm")
     selection_metric = ("IR@1", "TR@1")
-    # All pairs of 1,014 images and 5,070 sentences are five times what an epoch trains on
+    logged = ("wrong_log_odds_50", "wrong_log_odds_99")
+    # All pairs of 1,014 images and 5,070 sentences are four times what an epoch trains on
     settings = dict(batch_size=64, epochs=4, lr=5e-5, decay=[], val_examples=200)
     mini = dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
@@ -699,27 +732,32 @@ class Retrieval(Captioned):
         return examples
 
     def losses(self, model, batch, normalizers):
-        """Each sentence with its image, with n others, and its image with n other sentences."""
+        """Each sentence with its image, with up to n others, and its image with n other sentences;
+        beside the loss the median and the 99 % quantile of the wrong pairs' log-odds.
+        """
+        if len(batch["images"]) == 1:
+            raise InputError("--task flickr30k: wrong images are the others that a process holds "
+                             "at once, and it holds one; choose a larger batch or --micro-batch")
         grid = encode_images(model, batch)
         tokens, image = batch["tokens"], batch["image"]
         N, n = len(tokens), self.negatives
-        if n >= len(batch["images"]):
-            raise InputError(f"--negatives {n}: are drawn from what a process holds at once, "
-                             f"{len(batch['images'])} images; choose fewer, or a larger batch")
-        # Never one's own, also where an image stands in the batch twice
+        # Never one's own: an image may stand in the batch twice, with other sentences
         first = [batch["ids"].index(i) for i in batch["ids"]]
+        different = torch.tensor(sorted(set(first)), device=image.device)
         first = torch.tensor(first, device=image.device)
-        other_images = draw_others(first[image], first, n)                    # (N, n)
-        other_sentences = draw_others(first[image], first[image], n)
-        anchors = torch.arange(N, device=image.device)
-        repeated = anchors.repeat_interleave(n)
-        images = torch.cat([image, other_images.flatten(), image[repeated]])
-        sentences = torch.cat([anchors, repeated, other_sentences.flatten()])
-        scores = model.similarity(grid.select(images), tokens[sentences]).sigmoid()
-        right, wrong_images, wrong_sentences = scores.split([N, N * n, N * n])
-        loss = sum(circle_loss(right, wrong.view(N, n), self.margin, self.gamma).sum()
-                   for wrong in (wrong_images, wrong_sentences))
-        return {"loss_flickr30k": loss / (2 * normalizers[0])}
+        m = min(n, len(different) - 1)
+        others = different[draw_others(first[image], different, m)]           # (N, m)
+        images = torch.cat([image, others.flatten(), image.repeat_interleave(n)])
+        sentences = torch.cat([tokens, tokens.repeat_interleave(m, 0), batch["wrong"]])
+        log_odds = model.similarity(grid.select(images), sentences)
+        scores = (log_odds / self.similarity_temperature).sigmoid()
+        right, wrong_images, wrong_sentences = scores.split([N, N * m, N * n])
+        loss = sum(circle_loss(right, wrong, self.margin, self.gamma).sum()
+                   for wrong in (wrong_images.view(N, m), wrong_sentences.view(N, n)))
+        quantiles = log_odds[N:].detach().quantile(log_odds.new_tensor([0.5, 0.99]))
+        quantiles = quantiles * N / normalizers[0]  # a mean over micro-batches and processes
+        return {"loss_flickr30k": loss / (2 * normalizers[0]),
+                **dict(zip(self.logged, quantiles))}
 
     def start(self, examples, tokenizer):
         self.candidates = [tokenizer.encode(s) for e in examples for s in e.sentences]
@@ -811,6 +849,8 @@ class Detection(Task):
     no_object_weight: float | None = flag(None, type=number(float, 0, 1e6), metavar="WEIGHT",
                                           help="detection: of \"no object\" among the classes "
                                           "(default: what balances objects and queries)")
+    augment: str = flag("none", choices=("none", "detr"), help="detection without a sentence: "
+                        "detr mirrors and cuts images at random, as DETR does")
     train_annotations: str | None = None  # boxes of one's own, see data.add_box_flags
     train_images: str | None = None
     val_annotations: str | None = None
@@ -821,6 +861,15 @@ class Detection(Task):
     new_head = False
     can = ("detect",)
     selection_metric = ("AP",)
+
+    def __post_init__(self):
+        if self.augment == "detr" and self.text == "caption":
+            raise InputError("--augment detr: a sentence may say left and right, or what is cut "
+                             "off; give --text none")
+
+    @property
+    def variant(self):
+        return "" if self.text == "caption" else "-without-captions"
 
     @property
     def modules(self):
@@ -855,7 +904,7 @@ class Detection(Task):
         self.names_read = {"coco": names}
         return list(examples.values())
 
-    def sentences(self, examples, most=1, rng=None):
+    def sentences(self, examples, rng=None):
         sentences = examples[0].sentences or [""]
         return [rng.choice(sentences) if rng else sentences[0]]
 
@@ -863,6 +912,12 @@ class Detection(Task):
         self.no_object = self.no_object_weight
         if self.no_object is None:
             self.no_object = no_object_weight(mean_objects, queries)
+
+    def augment_images(self, images, examples, rng):
+        if self.augment == "none":
+            return images, examples
+        image, objects = flip_and_crop(images[0], examples[0].coco, rng)
+        return [image], [msgspec.structs.replace(examples[0], coco=objects)]
 
     def target(self, example):
         return detection_target("coco", example.coco)

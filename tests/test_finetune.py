@@ -72,6 +72,11 @@ def test_a_task_trains_its_modules_alone_and_keeps_its_best(name, pretrained, wo
     assert best["scores"] == scores and best["step"] == 2 and best["optimizer"] is None
     metric = sum(scores[key] for key in tasks.make_task(name, {}).selection_metric)
     assert best["best"] == metric
+    extra = {key for key in steps[0] if key.startswith("wrong_log_odds")}
+    assert extra == ({"wrong_log_odds_50", "wrong_log_odds_99"} if name == "flickr30k" else set())
+    if name == "flickr30k":  # logged, and no part of the loss
+        assert steps[0]["loss"] == steps[0]["loss_flickr30k"]
+        assert steps[0]["wrong_log_odds_50"] < steps[0]["wrong_log_odds_99"]
     if name in ("vqa", "nlvr2"):  # the most frequent answer, for comparison
         (line,) = majority
         assert line["step"] == 0 and SCORES[name] <= {k.removeprefix("majority_") for k in line}
@@ -116,6 +121,37 @@ def test_rate_falls_and_validations_come_by_epochs(pretrained, world, tmp_path):
     expected = [0.001] + [0.002] * 5 + [0.0002] * 3 + [0.00002]
     assert [line["lr"] for line in steps] == pytest.approx(expected)
     assert [line["step"] for line in validations] == [4, 8, 10]
+
+
+def test_an_epoch_of_retrieval_is_its_pairs(pretrained, world, tmp_path, capsys):
+    """Three images of five sentences each; with two at once each has items of 2, 2 and 1."""
+    assert finetune.main([
+        "--task", "flickr30k", "--init", pretrained, "--data", world, "--output", str(tmp_path),
+        *SMALL, "--train-examples", "3", "--batch-size", "3", "--epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "an epoch is 15 pairs in 9 items, 3.0 steps; 4 examples to validate" in printed
+    steps, validations = log(tmp_path)
+    assert [line["epoch"] for line in steps] == pytest.approx([n / 3 for n in range(1, 7)],
+                                                              abs=1e-4)
+    assert [line["step"] for line in validations] == [6]
+
+
+def test_a_test_dev_run_of_vqa_keeps_the_last_checkpoint(pretrained, world, tmp_path, capsys):
+    flags = ["--task", "vqa", "--init", pretrained, "--data", world, "--output", str(tmp_path)]
+    assert finetune.main([*flags, *SMALL, "--train-splits", "train", "val", "--steps", "2",
+                          "--val-every", "0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert "an epoch is 224 examples in 56 items" in printed  # of 48 images and 8 of val
+    assert "val is trained on, so nothing is validated: best.pt is the last checkpoint" in printed
+    assert f"{tmp_path}/best.pt: the last checkpoint" in printed
+    best, last = (load_checkpoint(f"{tmp_path}/{name}.pt") for name in ("best", "last"))
+    assert best["step"] == 2 and best["scores"] == {}
+    assert all(torch.equal(best["model"][key], value) for key, value in last["model"].items())
+    assert log(tmp_path)[1] == []
+    line = one_line(capsys, "--resume", tmp_path / "last.pt", "--train-splits", "train")
+    assert "--train-splits" in line and "the resumed run has ['train', 'val']" in line
+    assert finetune.main(["--resume", f"{tmp_path}/last.pt", "--steps", "3"]) == 0
+    assert load_checkpoint(f"{tmp_path}/best.pt")["step"] == 3
 
 
 def test_the_best_is_chosen_by_the_tasks_measure(pretrained, world, tmp_path, monkeypatch):
@@ -197,8 +233,16 @@ def test_a_checkpoint_that_cannot_be_tuned_is_one_line(pretrained, world, tmp_pa
     (["--task", "vqa"], "give --task and --init"), (["--init", "none"], "give --task and --init"),
     (["--task", "vqa", "--resume", "auto"], "give --task and --init"),
     (["--task", "vqa", "--init", "FILE", "--width", "64"], "--width 64: "),
-    (["--task", "flickr30k", "--init", "FILE", *SMALL, "--negatives", "4"],
-     "--negatives 4: are drawn from what a process holds at once, 4 images"),
+    (["--task", "flickr30k", "--init", "FILE", *SMALL, "--micro-batch", "1"],
+     "--task flickr30k: wrong images are the others that a process holds at once, and it holds"),
+    (["--task", "detection", "--init", "FILE", "--augment", "detr"],
+     "--augment detr: a sentence may say left and right, or what is cut off; give --text none"),
+    (["--task", "vqa", "--init", "FILE", "--augment", "detr"],
+     "--augment detr: --task vqa reads a sentence"),
+    (["--task", "nlvr2", "--init", "FILE", "--train-splits", "train", "val"],
+     "--train-splits: --task nlvr2 has train alone"),
+    (["--task", "vqa", "--init", "FILE", "--train-splits", "val"],
+     "--train-splits: can be train, or train val"),
 ])
 def test_flags_that_do_not_fit_are_one_line(flags, says, pretrained, world, tmp_path, capsys):
     flags = [pretrained if flag == "FILE" else flag for flag in flags]
@@ -263,6 +307,21 @@ def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_
     assert json.loads(scores.read_text()) == pytest.approx(state["scores"], abs=1e-6)
     assert {result["category_id"] for result in json.loads(submitted.read_text())} <= {1, 2, 3}
     ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
+
+
+def test_boxes_of_ones_own_are_mirrored_and_cut(pretrained, tmp_path):
+    """A resumed run draws what one that never stopped does."""
+    write_rectangles(tmp_path, "train", 8)
+    write_rectangles(tmp_path, "val", 2)
+    flags = [*own_flags(tmp_path), "--augment", "detr", "--init", pretrained, *SMALL,
+             "--schedule", "step"]
+    ok(run_command("finetune.py", *flags, "--output", tmp_path / "whole", "--steps", "4"))
+    ok(run_command("finetune.py", *flags, "--output", tmp_path / "parts", "--steps", "2"))
+    ok(run_command("finetune.py", "--resume", tmp_path / "parts/last.pt", "--steps", "4",
+                   "--workers", "1"))
+    whole, parts = ([line["loss_bbox"] for line in log(tmp_path / name)[0]]
+                    for name in ("whole", "parts"))
+    assert whole == parts and len(set(whole)) == 4
 
 
 @pytest.mark.parametrize("ids", [(5, 9, 2), (1, 2, 3)])

@@ -96,7 +96,8 @@ def task_case(request, world, tmp_path_factory):
         vocabulary=len(tokenizer.vocabulary), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
         sep=tokenizer.sep, mask=tokenizer.mask, classifier_images=task.images,
         classifier_outputs=len(task.labels), classes={"coco": 80, "vg": 4})
-    items = TaskSet(task, index["examples"], tokenizer, short_sides=[64], long_side=96)
+    items = TaskSet(task, index["examples"], tokenizer, short_sides=[64], long_side=96,
+                    sentences_per_image=5)  # an image is one item
     batch = collate_task([items[0, i, 0] for i in range(3)], tokenizer.pad)
     return FineTuning(model, task, False), batch, index["examples"][:3], tokenizer
 

@@ -48,8 +48,6 @@ def prepare(words, folder):
             flags += ["--data", "DIR"]
         if os.path.exists(folder / f"runs/{flags[1]}"):
             flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
-        if flags[1] == "flickr30k":
-            flags += ["--negatives", "2"]
     elif script == "shapes.py":
         flags += ["--train", "16", "--val", "2", "--test", "2"]
     elif script == "evaluate.py":

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FORKS, small_model
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -32,8 +32,8 @@ from pycocotools.cocoeval import COCOeval
 import evaluate
 import finetune
 import tasks
-from data import (Example, InputError, Tokenizer, load_image, mean_image, read_pretraining,
-                  to_pixels)
+from data import (Example, InputError, Objects, Tokenizer, flip_and_crop, load_image, mean_image,
+                  read_pretraining, to_pixels)
 from evaluate import predict
 from finetune import TaskSet, collate_task
 from matcher import boxes_in_pixels, set_loss, to_device
@@ -246,6 +246,30 @@ def test_the_answers_are_those_of_nine_questions_or_of_a_file(tmp_path):
         VQA().choose_labels({"red": 8}, {})
 
 
+def test_a_test_dev_run_reads_both_splits_and_counts_each_answer_once(world):
+    both = VQA(train_splits=("train", "val"))
+    train, val = (both.index(world, split, **QUIET) for split in ("train", "val"))
+    index = both.index(world, "+".join(both.train_splits), **QUIET)
+    assert [e.id for e in index["examples"]] == [e.id for part in (train, val)
+                                                 for e in part["examples"]]
+    assert both.choose_labels(index["targets"], val["targets"]) == \
+        VQA().choose_labels(train["targets"], val["targets"])
+
+
+def test_a_list_that_cannot_be_that_of_the_official_files_is_a_warning(tmp_path):
+    official = {str(i): 60 for i in range(3129)}
+    path = write(tmp_path, "answers", ["yes"])
+    for task, train, warned in ((VQA(), official, False), (VQA(), {"yes": 200_000}, True),
+                                (VQA(), {"yes": 90_000}, False),
+                                (VQA(path), {"yes": 200_000}, False)):
+        lines = []
+        task.choose_labels(train, {}, lines.append)
+        assert len(lines) == warned
+    assert VQA().choose_labels({"yes": 200_000}, {}, lines.append) == ["yes"]
+    assert lines == ["warning: 1 answers were given to 9 questions or more; of the official files "
+                     "it should be 3129"]
+
+
 def test_a_target_is_0_3_for_each_person_at_most_1():
     task = VQA()
     task.labels = ["2", "blue", "green", "no", "red"]
@@ -420,7 +444,9 @@ def plausible_answers(name, examples):
 @pytest.mark.parametrize("name", AGAINST)
 def test_a_result_file_has_the_scores_of_the_answers(name, world, tmp_path):
     task = make_task(name, {})
-    examples = list(task.index(world, "val", **QUIET)["examples"])
+    index = task.index(world, "val", **QUIET)
+    task.names = index["names"]
+    examples = list(index["examples"])
     answers = plausible_answers(name, examples)
     scores = task.score(answers, examples, world, "val")
     assert 0 < scores[task.selection_metric[0]] != pytest.approx(1)
@@ -515,22 +541,30 @@ def caption_loss(task, model, batch):
 
 
 def retrieval_loss(task, model, batch):
-    """Each sentence against the drawn images and sentences, of which none is its own."""
-    def score(row, sentence):
-        tokens = batch["tokens"][sentence:sentence + 1]
-        return model.similarity(encode_alone(model, batch, row), tokens).sigmoid()
+    """Each sentence with images of the batch, and its image with the drawn sentences; none of them
+    are its own.
+    """
+    def log_odds(row, tokens):
+        return model.similarity(encode_alone(model, batch, row), tokens[None])
 
-    total = 0
+    total, all_wrong = 0, []
     image, ids = batch["image"], batch["ids"]
-    other_images, other_sentences = task.drawn
+    different = [row for row in range(len(ids)) if ids[row] not in ids[:row]]
     for n, own in enumerate(image):
-        assert ids[own] not in [ids[row] for row in other_images[n]]
-        assert ids[own] not in [ids[image[s]] for s in other_sentences[n]]
-        for wrong in ([score(row, n) for row in other_images[n]],
-                      [score(own, s) for s in other_sentences[n]]):
-            total = total + circle_loss(
-                score(own, n), torch.stack(wrong, 1), task.margin, task.gamma)[0]
-    return {"loss_flickr30k": total / (2 * len(image))}
+        rows = [different[place] for place in task.drawn[0][n]]
+        assert ids[own] not in [ids[row] for row in rows]
+        assert len({ids[row] for row in rows}) == min(task.negatives, len(different) - 1)
+        sentences = batch["wrong"][n * task.negatives:(n + 1) * task.negatives]
+        right = log_odds(own, batch["tokens"][n])
+        for wrong in ([log_odds(row, batch["tokens"][n]) for row in rows],
+                      [log_odds(own, tokens) for tokens in sentences]):
+            all_wrong += wrong
+            right_and_wrong = (right / 4).sigmoid(), (torch.stack(wrong, 1) / 4).sigmoid()
+            total = total + circle_loss(*right_and_wrong, task.margin, task.gamma)[0]
+    values = torch.cat(all_wrong).detach().numpy()
+    return {"loss_flickr30k": total / (2 * len(image)),
+            **{f"wrong_log_odds_{share}": torch.tensor(np.percentile(values, share)).float()
+               for share in (50, 99)}}
 
 
 def detection_loss(task, model, batch):
@@ -545,7 +579,8 @@ def detection_loss(task, model, batch):
 @pytest.mark.parametrize("name, reference, flags, items", [
     ("vqa", vqa_loss, {}, [0, 1]), ("nlvr2", nlvr2_loss, {}, [0, 1, 2]),
     ("caption", caption_loss, {}, [0, 1]),
-    ("flickr30k", retrieval_loss, {"negatives": 2}, [0, 1, 0, 2, 3]),  # an image is there twice
+    ("flickr30k", retrieval_loss, {"negatives": 2}, [0, 1, 3, 6, 9]),  # an image is there twice
+    ("flickr30k", retrieval_loss, {"negatives": 3}, [0, 1, 3]),        # only one is another
     ("detection", detection_loss, {}, [0, 1]),
     ("detection", detection_loss, {"text": "none"}, [0])])
 def test_a_loss_equals_a_slow_one_and_trains_the_tasks_modules(
@@ -591,6 +626,44 @@ def test_circle_loss_is_the_papers_formula():
         torch.testing.assert_close(of_found, of_slow, rtol=1e-9, atol=1e-12)
 
 
+def gradient_of_a_wrong_pair(task, log_odds):
+    """How much the loss of one sentence and its image grows with a wrong sentence's log-odds."""
+    class Stub:
+        def encode_image(self, *inputs):
+            return self
+
+        def select(self, rows):
+            return rows
+
+        def similarity(self, rows, tokens):  # the right pair, a wrong image, the wrong sentence
+            return torch.cat([torch.tensor([2.0, -30.0]), wrong])
+
+    wrong = torch.tensor([log_odds], requires_grad=True)
+    batch = {"images": [None] * 2, "sizes": None, "padded": None, "ids": [1, 2],
+             "image": torch.tensor([0]), "tokens": torch.zeros(1, 2), "wrong": torch.zeros(1, 2)}
+    task.losses(Stub(), batch, [1])["loss_flickr30k"].backward()
+    return 2 * wrong.grad.item()  # the mean of two circle losses
+
+
+def test_a_confidently_wrong_pair_still_teaches():
+    """At log-odds of 0, 4, 8, 12: with sigmoid(log-odds) itself nothing is left of the gradient."""
+    raw, scaled = ([gradient_of_a_wrong_pair(task, x) for x in (0.0, 4.0, 8.0, 12.0)]
+                   for task in (Retrieval(negatives=1, similarity_temperature=1.0),
+                                Retrieval(negatives=1)))
+    assert raw == pytest.approx([6.0, 0.72, 0.014, 0.00026], rel=0.05)
+    assert scaled == pytest.approx([1.6, 1.6, 0.99, 0.45], rel=0.05)
+    assert scaled[3] > max(scaled) / 10
+
+
+def test_images_that_are_all_the_same_one_leave_the_wrong_sentences(world, words):
+    task, model = task_and_model("flickr30k", world, words, negatives=2)
+    dataset = task_set(task, world, words)
+    batch = collate_task([dataset[0, i, 0] for i in (0, 1)], words[0].pad)
+    loss = task.losses(model, batch, [2])["loss_flickr30k"]
+    loss.backward()
+    assert loss > 0 and all(p.grad.isfinite().all() for p in model.itm.parameters())
+
+
 # --------------------------------------------------------------------------------------------------
 # The dataset, and predict
 
@@ -620,16 +693,71 @@ def test_left_images_come_first_in_a_batch():
     items = []
     for n in range(3):
         sides = [torch.full((3, 2, 2), 10 * n + side, dtype=torch.uint8) for side in (0, 1)]
-        items.append({"images": sides, "tokens": [[2]], "targets": [None], "ids": [], "broken": []})
+        items.append({"images": sides, "tokens": [[2]], "wrong": [], "targets": [None], "ids": [],
+                      "broken": []})
     batch = collate_task(items, 0)
     assert batch["images"][:, 0, 0, 0].tolist() == [0, 10, 20, 1, 11, 21]
     assert batch["image"].tolist() == [0, 1, 2] and batch["targets"] == [None] * 3
 
 
-def test_an_images_sentences_are_drawn_anew_at_each_visit(world, words):
-    dataset = task_set(Retrieval(), world, words)
-    drawn = [dataset[epoch, 0, 0]["tokens"] for epoch in range(40)]
-    assert len(set(map(str, drawn))) == 5 and dataset[7, 0, 0]["tokens"] == drawn[7]
+@pytest.mark.parametrize("K, sizes", [(1, [1] * 5), (2, [1, 2, 2]), (5, [5]), (8, [5])])
+def test_an_epoch_has_each_pair_of_image_and_sentence_once(K, sizes, world, words):
+    """Which of an image's sentences go together is drawn anew in each epoch."""
+    dataset = task_set(Captioning(), world, words, sentences_per_image=K, most=7)
+    examples = dataset.examples[:7]
+    expected = sorted((e.id, words[0].encode(s)) for e in examples for s in e.sentences)
+    epochs = []
+    for epoch in (0, 1, 0):
+        items = [dataset[epoch, i, 0] for i in range(len(dataset))]
+        pairs = [(item["ids"][0], tokens) for item in items for tokens in item["tokens"]]
+        assert sorted(pairs) == expected and len(dataset.order) == 35
+        for e in examples:
+            of_image = [len(item["tokens"]) for item in items if item["ids"] == [e.id]]
+            assert sorted(of_image) == sizes
+        epochs.append(pairs)
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_an_epoch_of_detection_is_its_images(world, words):
+    dataset = task_set(Detection(), world, words, sentences_per_image=5)
+    assert len(dataset) == len(dataset.examples)
+    assert {len(dataset[0, i, 0]["tokens"]) for i in range(3)} == {1}
+
+
+def test_wrong_sentences_are_of_the_whole_training_set(world, words):
+    """Which they are depends on nothing but seed, epoch and item."""
+    dataset = task_set(Retrieval(negatives=3), world, words, sentences_per_image=2)
+    owners = defaultdict(set)
+    for example in dataset.examples:
+        for sentence in example.sentences:
+            owners[str(words[0].encode(sentence))].add(example.id)
+    met = set()
+    for index in range(len(dataset)):
+        item = dataset[0, index, 0]
+        assert len(item["wrong"]) == 3 * len(item["tokens"])
+        for tokens in item["wrong"]:
+            assert item["ids"][0] not in owners[str(tokens)]
+            met |= owners[str(tokens)]
+    assert len(met) > 0.9 * len(dataset.examples)
+    again = task_set(Retrieval(negatives=3), world, words, sentences_per_image=2)
+    assert again[0, 5, 0]["wrong"] == dataset[0, 5, 0]["wrong"] != dataset[1, 5, 0]["wrong"]
+    few = task_set(Retrieval(), world, words, most=2)
+    second = {str(words[0].encode(sentence)) for sentence in few.examples[1].sentences}
+    assert {str(tokens) for i in range(5) for tokens in few[0, i, 0]["wrong"]} <= second
+
+
+def test_a_sentence_that_is_the_images_own_is_never_wrong(tmp_path, words):
+    """Also if another image has it, in other letters."""
+    images = [{"filename": f"{i}.jpg", "split": "train",
+               "sentences": [{"raw": sentence} for sentence in sentences]}
+              for i, sentences in enumerate([["A circle"], ["a CIRCLE", "a star"]])]
+    write(tmp_path, "flickr30k/dataset_flickr30k.json", {"images": images})
+    for i in (0, 1):
+        write(tmp_path, f"flickr30k/flickr30k-images/{i}.jpg", (64, 64))
+    dataset = task_set(Retrieval(negatives=8), str(tmp_path), words)
+    assert dataset[0, 0, 0]["wrong"] == [words[0].encode("a star")] * 8
+    with pytest.raises(InputError, match="no sentence was found that is not one of image 1.jpg"):
+        dataset[0, 1, 0]
 
 
 def test_a_broken_image_is_named_and_replaced_by_the_next_one(tmp_path, words):
@@ -639,6 +767,86 @@ def test_a_broken_image_is_named_and_replaced_by_the_next_one(tmp_path, words):
     item = task_set(Retrieval(), str(tmp_path), words)[0, 0, 0]
     message, = item["broken"]
     assert item["ids"] == ["1.jpg"] and "images/0.jpg" in message
+
+
+COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255))
+
+
+def coloured(width, height):
+    """A white image with a rectangle of each colour that cover each other nowhere, with Objects."""
+    rng = random.Random(width)
+    image, objects = Image.new("RGB", (width, height), "white"), Objects([], [])
+    for label, color in enumerate(COLORS):
+        cell_x, cell_y = label % 3 * width // 3, label // 3 * height // 2
+        w, h = rng.randint(3, width // 3), rng.randint(3, height // 2)
+        x, y = cell_x + rng.randint(0, width // 3 - w), cell_y + rng.randint(0, height // 2 - h)
+        image.paste(color, (x, y, x + w, y + h))
+        objects.boxes.append(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height))
+        objects.labels.append(label)
+    return image, objects
+
+
+def box_by_pixel(image, color):
+    """x, y, w, h of the pixels of one colour; None if there are none."""
+    found = [(x, y) for y in range(image.height) for x in range(image.width)
+             if image.getpixel((x, y)) == color]
+    if not found:
+        return None
+    columns, rows = zip(*found)
+    return (min(columns), min(rows), max(columns) - min(columns) + 1, max(rows) - min(rows) + 1)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (50, 120)])
+def test_boxes_follow_a_mirrored_and_cut_image(size):
+    """Their colours' pixels tell where they are; a box that is cut off as a whole is left out."""
+    image, objects = coloured(*size)
+    cut_off = mirrored = 0
+    sizes = []
+    for n in range(80):
+        changed, found = flip_and_crop(image, objects, random.Random(n))
+        expected = {}
+        for label, color in enumerate(COLORS):
+            box = box_by_pixel(changed, color)
+            if box is not None:
+                expected[label] = pytest.approx(box, abs=1e-3)
+        boxes = boxes_in_pixels(torch.tensor(found.boxes), changed.size[::-1]).tolist()
+        assert dict(zip(found.labels, boxes, strict=True)) == expected
+        cut_off += len(found.labels) < len(COLORS)
+        mirrored += changed == ImageOps.mirror(image)
+        sizes.append(changed.size)
+    whole = sizes.count(size)
+    assert 25 < whole < 60 and 10 < mirrored < whole - 10 and cut_off > 5
+    # 384 to 600 pixels of an image whose short side has 400, 500 or 600
+    shares = [side / min(size) for each in sizes if each != size for side in each]
+    assert 384 / 600 - 0.02 < min(shares) < 0.7 and 1 < max(shares) < 600 / 400 + 0.02
+    again = flip_and_crop(image, objects, random.Random(3)), flip_and_crop(image, objects,
+                                                                           random.Random(3))
+    assert again[0] == again[1]
+
+
+def test_an_image_without_a_box_can_be_cut():
+    for n in range(9):
+        assert flip_and_crop(Image.new("RGB", (9, 9)), Objects([], []), random.Random(n))[1] == \
+            Objects([], [])
+
+
+def test_detection_without_a_sentence_trains_on_mirrored_and_cut_images(world, words):
+    """Anew at each visit, the same for the same epoch and item; nothing without --augment."""
+    def targets(epochs, **flags):
+        dataset = task_set(Detection(text="none", **flags), world, words)
+        return [dataset[epoch, 0, 0]["targets"][0]["boxes"].tolist() for epoch in epochs]
+
+    plain = targets(range(8))
+    assert all(boxes == plain[0] for boxes in plain)
+    drawn = targets(range(8), augment="detr")
+    assert len(set(map(str, drawn))) > 4 and targets([5], augment="detr") == [drawn[5]]
+    assert any(boxes != plain[0] for boxes in drawn)
+
+
+def test_the_index_of_detection_knows_whether_it_has_captions(world, tmp_path):
+    for text in ("none", "caption", "none"):
+        found = Detection(text=text).index(world, "val", str(tmp_path), **QUIET)["examples"]
+        assert bool(found[0].sentences) == (text == "caption")
 
 
 class Looks(Task):
