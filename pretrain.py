@@ -59,14 +59,16 @@ class PretrainingSet(Dataset):
 
     def __init__(self, examples, tokenizer, num_attributes, *, short_sides=SHORT_SIDES,
                  long_side=LONG_SIDE, sentences_per_image=1, without_sentence=0.25, seed=0,
-                 named=frozenset(), named_share=0.15, words=None):
+                 named=frozenset(), named_share=0.15, words=None, wrong_sentences=0.5):
         """named, named_share: of mask_tokens; words: {"coco", "vg", "attributes": the word pieces
-        of each name}, with which an item has the words of each object too (the grid-word loss).
+        of each name}, with which an item has the words of each object too (the grid-word loss);
+        wrong_sentences: the share of sentences that are another image's, for ITM.
         """
         self.examples, self.tokenizer, self.num_attributes = examples, tokenizer, num_attributes
         self.short_sides, self.long_side = short_sides, long_side
         self.K, self.without_sentence, self.seed = sentences_per_image, without_sentence, seed
         self.named, self.named_share, self.words = named, named_share, words
+        self.wrong_sentences = wrong_sentences
 
     def __getitem__(self, key):
         epoch, index, draw = key
@@ -81,7 +83,7 @@ class PretrainingSet(Dataset):
         chosen = rng.sample(every, self.K) if len(every) >= self.K else rng.choices(every, k=self.K)
         for place in chosen:
             caption = self.tokenizer.encode(example.sentences[place])
-            matched = rng.random() < 0.5
+            matched = rng.random() < 1 - self.wrong_sentences
             other = None if matched else other_sentence(self.examples, index,
                                                         place < example.captions, rng)
             # Both kinds of pairs have masked tokens, or ITM would only learn to look for [MASK].
@@ -777,7 +779,8 @@ def pretraining_set(args, data, tokenizer):
         data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
         long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
         without_sentence=args.without_sentence, seed=args.seed, named=named,
-        named_share=args.mask_named, words=words if args.grid_word_loss else None)
+        named_share=args.mask_named, words=words if args.grid_word_loss else None,
+        wrong_sentences=0.0 if "itm" in args.without else 0.5)
 
 
 def pretrain(args, state):

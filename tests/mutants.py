@@ -99,7 +99,7 @@ MISTAKES = {
         ("left-image-twice", "NLVR2 never looks at the right image",
          'batch["image"] + side * B', 'batch["image"] + 0 * B'),
         ("classes-without-gaps", "results name COCO's classes by their place, not by their id",
-         '"category_id": categories[label]', '"category_id": label + 1'),
+         '"category_id": ids[name]', '"category_id": label + 1'),
     ],
     "evaluate.py": [
         ("measured-in-training", "measures depend on dropout and on the batch's statistics",

@@ -920,3 +920,10 @@ def test_a_wrong_sentence_is_kept_from_detection(world):
     assert batch["no_sentence"].tolist() == expected
     alone = [item["no_sentence"] for item in items]
     assert 0.05 < sum(alone) / 64 < 0.45 and 0.4 < sum(expected) / 64 < 0.8
+
+
+def test_without_itm_no_sentence_is_wrong(world):
+    data = pretraining_index(world, say=[].append)
+    dataset = PretrainingSet(data["train"], Tokenizer(f"{world}/vocab.txt"), 20, short_sides=(64,),
+                             long_side=96, sentences_per_image=4, wrong_sentences=0.0)
+    assert all(set(dataset[0, i, 0]["itm_labels"]) == {1} for i in range(8))
