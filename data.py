@@ -753,7 +753,7 @@ def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
     lost = [n - queries for n in in_image if queries and n > queries]
     if lost:
         say(f"  {len(lost):,} images have more objects than there are queries ({queries}): "
-            f"{sum(lost):,} objects can never be found; --queries sets more")
+            f"{sum(lost):,} objects can never be found")
     return float(np.mean(in_image)) if in_image else 0.0
 
 

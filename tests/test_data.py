@@ -903,8 +903,7 @@ def test_what_there_is_to_train_on_is_said(own, tmp_path):
         "  1 sentences have more than 6 word pieces; what comes after those is cut off",
         "  2 classes; boxes a class: from 2 (Screw, M1) to 4 (nut)",
         "  boxes an image: 2.0 in the mean, 5 at most; 1 images have none",
-        "  1 images have more objects than there are queries (3): 2 objects can never be found; "
-        "--queries sets more"]
+        "  1 images have more objects than there are queries (3): 2 objects can never be found"]
 
 
 def test_a_wrong_sentence_is_kept_from_detection(world):

@@ -7,6 +7,7 @@ import shutil
 
 from conftest import ROOT, TINY, run_command
 from PIL import Image
+from test_finetune import write_pairs, write_rectangles
 
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
 SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1",
@@ -24,7 +25,8 @@ def readme():
 
 def commands():
     """The README's command lines, in their order, without what is installed before them."""
-    lines = [line.strip().split("&& ")[-1] for line in readme().splitlines()
+    text = readme().replace(" \\\n", " ")  # a command may go on in the next line
+    lines = [line.strip().split("&& ")[-1] for line in text.splitlines()
              if line.startswith("    ")]
     return [shlex.split(line, comments=True) for line in lines
             if line.startswith(("python ", "torchrun "))]
@@ -46,7 +48,7 @@ def prepare(words, folder):
             flags += [*MODEL, *TINY[1:11]]
         if "--mini" in flags:
             flags += ["--data", "DIR"]
-        if os.path.exists(folder / f"runs/{flags[1]}"):
+        if "--output" not in flags and os.path.exists(folder / f"runs/{flags[1]}"):
             flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
     elif script == "shapes.py":
         flags += ["--train", "16", "--val", "2", "--test", "2"]
@@ -64,6 +66,12 @@ def test_every_command_runs(world, tmp_path):
     image = sorted((tmp_path / "DIR/coco/val2017").iterdir())[0]
     shutil.copy(image, tmp_path / "a.jpg")
     Image.open(image).save(tmp_path / "b.png")
+    shutil.copy(image, tmp_path / "photo.jpg")
+    shutil.copy(tmp_path / "DIR/vocab.txt", tmp_path)
+    for split in ("train", "val"):
+        write_rectangles(tmp_path / "mine", split, 8)
+    write_pairs(tmp_path / "mine")
+    os.rename(tmp_path / "mine/images", tmp_path / "mine/pictures")
     for words in found:
         if "pytest" in words:
             continue
