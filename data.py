@@ -185,7 +185,6 @@ class KarpathyImage(Struct):
     filename: str
     sentences: Annotated[list[KarpathySentence], Meta(min_length=1)]
     cocoid: Id | None = None
-    filepath: str = ""    # COCO's folder of 2014
 
 class Karpathy(Struct):
     """coco/dataset_coco.json, flickr30k/dataset_flickr30k.json: Karpathy's splits."""
@@ -274,6 +273,8 @@ def file_finder(folder):
     """A function from the name in a record to the image's path in a folder, or None: the path as
     the record has it; if that is not there its last part, if only one file is called so.
     """
+    if folder is None:
+        raise InputError("give the images' folder too: --images, --train-images or --val-images")
     paths = {}
     alike = defaultdict(list)
     for parent, _, names in os.walk(folder):
@@ -299,53 +300,18 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
     complete: an image that is not there is an error (a score needs all), else left out.
     """
     instances = read_json(path, CocoInstances, "detection")
-    find = file_finder(folder)
-    left_out = Counter()
-    examples, photographs = {}, {}
-    missing, other_size = [], []
-    file_names = {}
-    for image in tqdm(instances.images, "image sizes", disable=None, leave=False):
-        if file_names.setdefault(image.id, image.file_name) != image.file_name:
-            raise InputError(f"{path}: image id {image.id} stands for {file_names[image.id]} and "
-                             f"for {image.file_name}; give each image a number of its own")
-        file = find(safe_name(image.file_name, path))
-        if file is None:
-            if complete:
-                raise InputError(f"{folder}/{image.file_name}: is not there, but in {path}; a "
-                                 "score needs all images")
-            missing.append(image.file_name)
-            continue
-        # Boxes are for the pixels as stored, or for the image as a camera's rotation (EXIF) turns
-        # it: the record's size tells which.
-        size = image.height, image.width
-        stored, turned = size_of(file)
-        if size != stored and size != turned and stored is not None:
-            other_size.append(f"{file} has {stored[1]} x {stored[0]} pixels, its record "
-                              f"{image.width} x {image.height}")
-        examples[image.id] = Example(image.id, [file], size, upright=size != stored,
-                                     coco=Objects([], []))
+    examples = images_with_records(path, folder, instances.images, complete, say)
+    label_of, names = labels_by_name(path, instances.categories, names)
+    photographs = {}
+    for image in instances.images:
         photograph = re.search(r"/(\d{1,18})_[^/]*$", image.flickr_url)
         if photograph:
             photographs[image.id] = int(photograph[1])
-    if missing:
-        say(f"{path}: left out {len(missing)} images that are not in {folder}, the first is "
-            f"{missing[0]}")
-    if other_size:
-        raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
-                         f"files, so boxes would be wrong; the first: {other_size[0]}")
-    if not examples:
-        raise InputError(f"{folder}: holds none of the images of {path}; unpack them there")
 
-    categories = {c.id: c.name for c in sorted(instances.categories, key=lambda c: c.id)}
-    names = names or list(categories.values())
-    double = [name for name, n in Counter(categories.values()).items() if n > 1]
-    unknown = [name for name in categories.values() if name not in names]
-    if double or unknown:
-        raise InputError(f"{path}: the category {(double or unknown)[0]!r} is there twice, or not "
-                         f"in the training file, which has {', '.join(names)[:500]}")
-    label_of = {number: names.index(name) for number, name in categories.items()}
+    known = {image.id for image in instances.images}
+    left_out = Counter()
     for annotation in instances.annotations:
-        if annotation.image_id not in file_names or annotation.category_id not in label_of:
+        if annotation.image_id not in known or annotation.category_id not in label_of:
             raise InputError(f"{path}: annotation {annotation.id}: unknown image_id "
                              f"{annotation.image_id} or category_id {annotation.category_id}")
         example = examples.get(annotation.image_id)
@@ -363,8 +329,59 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
     say_left_out(path, left_out, say)
     if not any(example.coco.boxes for example in examples.values()):
         raise InputError(f"{path}: no box is left of {len(instances.annotations)} annotations and "
-                         f"{len(categories)} categories; detection needs some")
+                         f"{len(instances.categories)} categories; detection needs some")
     return examples, names, photographs
+
+
+def images_with_records(path, folder, images, complete, say):
+    """{image id: Example} of the CocoImages whose files are in the folder. Boxes are for the pixels
+    as stored, or for the image as a camera's rotation (EXIF) turns it: the record's size tells.
+    """
+    find = file_finder(folder)
+    examples, file_names = {}, {}
+    missing, other_size = [], []
+    for image in tqdm(images, "image sizes", disable=None, leave=False):
+        if file_names.setdefault(image.id, image.file_name) != image.file_name:
+            raise InputError(f"{path}: image id {image.id} stands for {file_names[image.id]} and "
+                             f"for {image.file_name}; give each image a number of its own")
+        file = find(safe_name(image.file_name, path))
+        if file is None:
+            missing.append(image.file_name)
+            continue
+        size = image.height, image.width
+        stored, turned = size_of(file)
+        if stored is not None and size not in (stored, turned):
+            other_size.append(f"{file} has {stored[1]} x {stored[0]} pixels, its record "
+                              f"{image.width} x {image.height}")
+        examples[image.id] = Example(image.id, [file], size, upright=size != stored,
+                                     coco=Objects([], []))
+
+    if missing and complete:
+        raise InputError(f"{folder}/{missing[0]}: is not there, but in {path} ({len(missing)} such "
+                         "images); a score needs all")
+    if missing:
+        say(f"{path}: left out {len(missing)} images that are not in {folder}, the first is "
+            f"{missing[0]}")
+    if other_size:
+        raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
+                         f"files, so boxes would be wrong; the first: {other_size[0]}")
+    if not examples:
+        raise InputError(f"{folder}: holds none of the images of {path}; unpack them there")
+    return examples
+
+
+def labels_by_name(path, categories, names):
+    """({category id: label}, names): classes go by name, because files may number them otherwise.
+    names: as in `read_boxes`.
+    """
+    own = {c.id: c.name for c in sorted(categories, key=lambda c: c.id)}
+    names = names or list(own.values())
+    double = [name for name, n in Counter(own.values()).items() if n > 1]
+    unknown = [name for name in own.values() if name not in names]
+    if double or unknown:
+        raise InputError(f"{path}: the category {(double or unknown)[0]!r} is there twice, or not "
+                         f"in the training file, which has {', '.join(names)[:500]}")
+    return {number: names.index(name) for number, name in own.items()}, names
 
 
 def add_captions(examples, path):
@@ -389,7 +406,7 @@ def read_pairs(path, folder, split, say=print):
     """Images with captions of one's own, those of "train", "val" or "test": [Example]; an image's
     name is its id. A CSV file with the header image,caption[,split], or JSON lines of the same
     words. Without a split one in ten images is of val, chosen by a hash of its name. folder: of the
-    images; None: they are not needed.
+    images; "": they are not needed.
     """
     text = read_text(path, "images with captions")
     pairs = []
@@ -404,7 +421,7 @@ def read_pairs(path, folder, split, say=print):
         raise InputError(f"{path}: after {len(pairs)} rows: {error}; a row has image, caption and "
                          "perhaps split (train, val or test), in CSV as its first line says"
                          ) from None
-    find = file_finder(folder) if folder else str
+    find = str if folder == "" else file_finder(folder)
     left_out = Counter()
     examples = {}
     for pair in pairs:
@@ -547,7 +564,7 @@ def held_out(data, say=print):
 def read_pretraining(data, sets=("coco", "vg"), say=print):
     """All that pre-training needs (section 4.1), a dict: train: [Example], none of a val or test
     split; val: [Example], COCO val2017 less Karpathy's test images; names: {"coco", "vg",
-    "attributes": [...]}; sentences: how many train has. An image in both sets is one Example.
+    "attributes": [...]}. An image in both sets is one Example.
     """
     coco_out, flickr_out, coco_test = held_out(data, say)
     names = {"coco": [], "vg": [], "attributes": []}
@@ -589,7 +606,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     if not train:
         raise InputError(f"--data {data}: no image to pre-train on is left")
     return {"train": train, "val": [example for example in val.values() if example.sentences],
-            "names": names, "sentences": sum(len(example.sentences) for example in train)}
+            "names": names}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -708,11 +725,10 @@ def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print, pairs=N
 
     def read(say):
         train, val = (read_pairs(pairs, pairs_images, split, say) for split in ("train", "val"))
-        return {"train": train, "val": val, "names": {"coco": [], "vg": [], "attributes": []},
-                "sentences": sum(len(example.sentences) for example in train)}
+        return {"train": train, "val": val, "names": {"coco": [], "vg": [], "attributes": []}}
 
     return load_or_build_index(os.path.dirname(pairs) or ".", folder, "pretraining-pairs", read,
-                               say, sources=(pairs, pairs_images))
+                               say, sources=(pairs, pairs_images or ""))
 
 
 def describe(kind, examples, names, queries=0, tokenizer=None, say=print):

@@ -515,7 +515,7 @@ class Captioned(Task):
     pairs_images: str | None = None  # --images
 
     def own_files(self, split):
-        return (self.pairs, self.pairs_images) if self.pairs else ()
+        return (self.pairs, self.pairs_images or "") if self.pairs else ()
 
     def read(self, data, split, say=print):
         if self.pairs:
@@ -524,7 +524,7 @@ class Captioned(Task):
 
     def truth(self, path, split):
         if path.endswith((".csv", ".jsonl")):
-            return read_pairs(path, None, split)
+            return read_pairs(path, "", split)
         examples = []
         for image in read_json(path, Karpathy, "Karpathy's splits").images:
             if image.split.replace("restval", "train") == split:

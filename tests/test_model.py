@@ -689,3 +689,10 @@ def test_queries_begin_as_places_of_a_grid():
     grid = sine_positions(torch.ones(1, 4, 4, dtype=torch.bool), 256)[0]
     close(positions.detach(), grid[:10])
     assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.5
+
+
+def test_a_batch_of_one_cell_with_batch_norm_in_training_is_one_line():
+    model = small_model(frozen_batch_norm=False).train()
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(InputError, match="one cell of 16: batch norm has nothing to train on"):
+        model.encode_image(images, torch.tensor([[16, 16]]))

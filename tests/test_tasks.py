@@ -40,7 +40,7 @@ from matcher import boxes_in_pixels, set_loss, to_device
 from model import save_checkpoint
 from tasks import (CONTRACTIONS, NLVR2, TASKS, VQA, Captioning, Detection, Retrieval, Task,
                    caption_scores, circle_loss, detection_scores, draw_others, make_task,
-                   normalise_answer, retrieval_scores)
+                   normalise_answer, retrieval_scores, vqa_accuracy)
 
 SIZE = {"short": 64, "long": 96}
 QUIET = {"say": lambda text: None}
@@ -987,3 +987,13 @@ def test_a_sixth_task_is_one_class(counting, world, words, tmp_path):
     accuracy = json.loads((tmp_path / "scores").read_text())["accuracy"]
     assert accuracy == lines[-1]["val_accuracy"] == sum(right) / len(right)
     assert "majority_accuracy" in lines[0] and "blind_accuracy" in lines[-1]
+
+
+def test_one_answer_a_question_is_scored_by_agreement(tmp_path):
+    """The official measure asks for three people who agree; it would be 0 for each answer."""
+    assert vqa_accuracy("The red.", ["red"]) == 1 and vqa_accuracy("blue", ["red"]) == 0
+    task = VQA()
+    task.labels = ["blue", "red"]
+    assert task.target(Example(1, answers=["red"])).tolist() == [0, 1]
+    target = task.target(Example(1, answers=["red", "red", "blue"]))
+    assert target.tolist() == pytest.approx([0.3, 0.6])
