@@ -604,8 +604,9 @@ class E2EVLP(nn.Module):
         captions = batch["captions"].flatten(0, 1)
         caption = self.decode_caption(alone.repeat(K), captions[:, :-1])
 
-        # Detection decodes pass 1 (with the first of the K sentences), and for some images pass 2,
-        # so that it also works without a sentence. The words' places are then there but masked.
+        # Detection decodes pass 1 (with the first of the K sentences), and pass 2 where that
+        # sentence is another image's, and for some other images, so that it also works without one.
+        # The words' places are then there but masked.
         skip = batch["no_sentence"][:, None]                                     # (B, 1) bool
         first = joint.select(torch.arange(0, B * K, K, device=skip.device))      # (B, T + S, D)
         cells = torch.where(skip[..., None], alone.states, first.states[:, T:])
