@@ -520,6 +520,9 @@ class Predictor:
         grid = self.model.encode_image(pixels.to(self.device), sizes.to(self.device), padded)
         if sentence is None:
             return grid, None
+        if not self.tokenizer.ordinary:
+            raise InputError(f"{self.source}: has DETR's weights, and knows no words; leave the "
+                             "sentence away")
         return grid, torch.tensor([self.tokenizer.encode(sentence)], device=self.device)
 
     @torch.no_grad()
@@ -551,9 +554,9 @@ class Predictor:
                 break
             # A box's attributes share one softmax, so k of them come to about 1 / k each
             likely = (attributes[q] > 0.15).nonzero().flatten().tolist()
-            names = [name_of(self.names, "attributes", a) for a in likely]
+            names = [name_of(self.names, "attributes", a) for a in likely if self.attributes]
             found.append((q, {"label": name_of(self.names, self.labels, labels[q]),
-                              "attributes": names if self.attributes else [],
+                              "attributes": names,
                               "score": round(scores[q].item(), 4),
                               "box": [round(v, 1) for v in boxes[q].tolist()]}))
         return found
