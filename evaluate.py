@@ -740,7 +740,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description="Measure a checkpoint, score a result file, or ask about images of your own.",
         formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
+    parser.add_argument("--checkpoint",
+                        help="what pretrain.py or finetune.py wrote, or DETR's weights")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--data", metavar="DIR", help="measure on a data folder (README: its tree)")
     mode.add_argument("--pairs", metavar="FILE", help="measure on images with captions of your own")

@@ -474,6 +474,21 @@ def test_detrs_weights_score_and_train_on_boxes_of_ones_own(detr, tmp_path):
     ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
 
 
+def test_detrs_class_head_is_kept_where_the_data_has_cocos_classes(detr, tmp_path):
+    """As COCO's own files have: 80 names in the order of their ids."""
+    start = load_checkpoint(detr)
+    for split in ("train", "val"):
+        file = write_rectangles(tmp_path, split, 4)
+        file["categories"] = [{"id": number, "name": name}
+                              for number, name in enumerate(start["names"]["coco"], 1)]
+        (tmp_path / f"{split}.json").write_text(json.dumps(file))
+    printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--init", detr, *SMALL,
+                             "--output", tmp_path / "run", "--steps", "1", "--lr", "1e-6"))
+    assert "classes 5,265" in printed and "the class head starts anew" not in printed
+    trained = load_checkpoint(f"{tmp_path}/run/best.pt")["model"]["classes.coco.weight"]
+    torch.testing.assert_close(trained, start["model"]["classes.coco.weight"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags,words", [
     (["--task", "detection"], "knows no words; give --text none"),
     (["--task", "vqa"], "is fine-tuned for detection"),
