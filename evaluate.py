@@ -520,6 +520,9 @@ class Predictor:
         grid = self.model.encode_image(pixels.to(self.device), sizes.to(self.device), padded)
         if sentence is None:
             return grid, None
+        if not self.tokenizer.ordinary:
+            raise InputError(f"{self.source}: has DETR's weights, and knows no words; leave the "
+                             "sentence away")
         return grid, torch.tensor([self.tokenizer.encode(sentence)], device=self.device)
 
     @torch.no_grad()
@@ -551,9 +554,9 @@ class Predictor:
                 break
             # A box's attributes share one softmax, so k of them come to about 1 / k each
             likely = (attributes[q] > 0.15).nonzero().flatten().tolist()
-            names = [name_of(self.names, "attributes", a) for a in likely]
+            names = [name_of(self.names, "attributes", a) for a in likely if self.attributes]
             found.append((q, {"label": name_of(self.names, self.labels, labels[q]),
-                              "attributes": names if self.attributes else [],
+                              "attributes": names,
                               "score": round(scores[q].item(), 4),
                               "box": [round(v, 1) for v in boxes[q].tolist()]}))
         return found
@@ -737,7 +740,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description="Measure a checkpoint, score a result file, or ask about images of your own.",
         formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", help="what pretrain.py or finetune.py wrote")
+    parser.add_argument("--checkpoint",
+                        help="what pretrain.py or finetune.py wrote, or DETR's weights")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--data", metavar="DIR", help="measure on a data folder (README: its tree)")
     mode.add_argument("--pairs", metavar="FILE", help="measure on images with captions of your own")

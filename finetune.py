@@ -30,14 +30,9 @@ from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, add_box_flags, 
 from evaluate import check_classes, draw_curves, predict
 from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
-from pretrain import (MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, new_model, parse_resumed,
-                      shared_flags, train)
+from pretrain import (FILE_FLAGS, MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, check_file_flags,
+                      new_model, parse_resumed, shared_flags, train)
 from tasks import TASKS, make_task
-
-# With --init FILE the model is the file's, and these flags can only agree with it
-FREE_FLAGS = ("dropout", "train_stem")
-FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbone_weights",
-              "vocab")
 
 
 class TaskSet(Dataset):
@@ -161,7 +156,8 @@ def parse(argv):
     g = parser.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=tuple(TASKS), help="what to learn")
     g.add_argument("--init", metavar="FILE",
-                   help="checkpoint to start from, or none: then the model's flags count")
+                   help="checkpoint to start from, DETR's weights (detection without a sentence), "
+                   "or none: then the model's flags count")
     g.add_argument("--train-examples", type=number(int, 0), default=0, metavar="N",
                    help="train on the first ones (captions: images) only; 0: all")
     g.add_argument("--val-every", type=number(float, 0.001), default=1.0, metavar="EPOCHS",
@@ -185,7 +181,7 @@ def parse(argv):
             rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
             parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
         if args.init not in (None, "none"):
-            parser.set_defaults(**dict.fromkeys(FILE_FLAGS))
+            parser.set_defaults(**dict.fromkeys(FILE_FLAGS), vocab=None)
     args, state = parse_resumed(parser, argv, fixed=(
         *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers", "augment",
         "train_splits"))
@@ -206,11 +202,7 @@ def initial_model(args, task, names):
         return new_model(args, tokenizer, names, **more), tokenizer, names
     state = load_checkpoint(args.init, "--init")
     config = state["config"]
-    for flag in FILE_FLAGS:
-        value = getattr(args, flag)
-        if value is not None and value != getattr(config, flag, None):
-            raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave "
-                             "the flag away, or give --init none")
+    check_file_flags(args, config, (*FILE_FLAGS, "vocab"))
     if config.task not in ("", task.name):
         raise InputError(f"--init {args.init}: is fine-tuned for {config.task}; give a pre-trained "
                          "one")
@@ -221,6 +213,9 @@ def initial_model(args, task, names):
         for part in ("weight", "bias"):
             state["model"].pop(f"classes.coco.{part}", None)
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
+    if "sentence" in task.modules and not tokenizer.ordinary:
+        raise InputError(f"--init {args.init}: has DETR's weights, and knows no words; give --text "
+                         "none, or pre-train from it first (pretrain.py --init)")
     torch.manual_seed(args.seed)  # the same new weights in each process
     model = E2EVLP(replace(config, dropout=args.dropout, train_stem=args.train_stem, **more))
     load_pretrained(model, state["model"], print0)

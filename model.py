@@ -36,9 +36,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from data import IMAGE_MEAN, IMAGE_STD, HelpFormatter, InputError, command, number
+from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, HelpFormatter, InputError, command, number
 from matcher import full_precision, to_device
 
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
@@ -65,6 +66,9 @@ class Config:
     vocabulary: int = 30522         # word pieces
     max_tokens: int = 40            # [CLS] and [SEP] included
     temperature: float = 10000.0    # longest wavelength of the sine positions, in image widths
+    activation: str = "gelu"        # of the feed-forward layers; DETR: "relu"
+    decoder_norm: bool = False      # DETR: a last LayerNorm, applied to each decoder layer's output
+    detr_positions: bool = False    # sine positions in the order of DETR's channels
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # without no-object
     attributes: int = 400
     task: str = ""                  # what it was fine-tuned for, a name of tasks.TASKS
@@ -244,23 +248,30 @@ def imagenet_weights(architecture):
                          "none") from None
 
 
-def sine_positions(mask, width, temperature=10000.0):
+def sine_positions(mask, width, temperature=10000.0, detr=False):
     """Fixed 2-D sine positions as in DETR. mask (B, H, W) bool; returns (B, H * W, width) float32.
 
     Half of the channels tell the row, half the column, as sines and cosines. Rows and columns are
     counted over the unpadded area and scaled to 0 .. 2 pi. The wavelengths grow from the image's
     side to `temperature` times that: with DETR's 10000 most channels are nearly constant, with 20
     all tell places apart (DAB-DETR's "temperature tuning"), and a small grid is learnt sooner.
+    detr: DETR's weights know another order of channels, the cosine beside its sine.
     """
     B, H, W = mask.shape
     y = mask.float().cumsum(1)  # 1, 2, 3 ... down the image
     x = mask.float().cumsum(2)
-    y = y / y[:, -1:, :].clamp(min=1) * 2 * math.pi
-    x = x / x[:, :, -1:].clamp(min=1) * 2 * math.pi
+    last_y, last_x = y[:, -1:, :], x[:, :, -1:]  # height and width of the image; 0 outside of it
+    if detr:
+        last_y, last_x = last_y + 1e-6, last_x + 1e-6
+    y = y / last_y.clamp(min=1) * 2 * math.pi
+    x = x / last_x.clamp(min=1) * 2 * math.pi
     quarter = width // 4
     wavelength = temperature ** (torch.arange(quarter, device=mask.device) / quarter)
     y = y[..., None] / wavelength  # (B, H, W, width / 4)
     x = x[..., None] / wavelength
+    if detr:
+        beside = [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(3) for angle in (y, x)]
+        return torch.cat(beside, dim=-1).view(B, H * W, width)
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).view(B, H * W, width)
 
 
@@ -324,7 +335,8 @@ class Attention(nn.Module):
 
 
 def feed_forward(config):
-    return nn.Sequential(nn.Linear(config.width, config.feed_forward), nn.GELU(),
+    activation = {"gelu": nn.GELU, "relu": nn.ReLU}[config.activation]
+    return nn.Sequential(nn.Linear(config.width, config.feed_forward), activation(),
                          nn.Dropout(config.dropout), nn.Linear(config.feed_forward, config.width))
 
 
@@ -438,6 +450,7 @@ class E2EVLP(nn.Module):
         self.sentence = SentenceEmbedding(c)
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_norm else nn.Identity()
         # An object query is a learned position in "the space of possible objects", not a place in
         # the image: training makes one ask "what is large and left of the middle?", another "what
         # small thing is at the top?". There are far more of them than objects (COCO has 7 in an
@@ -491,7 +504,8 @@ class E2EVLP(nn.Module):
                 nn.init.zeros_(parameter)
         side = math.ceil(math.sqrt(self.config.queries))
         places = torch.ones(1, side, side, dtype=torch.bool)
-        places = sine_positions(places, self.config.width, self.config.temperature)[0]
+        places = sine_positions(places, self.config.width, self.config.temperature,
+                                self.config.detr_positions)[0]
         with torch.no_grad():
             self.sentence.token.weight[self.config.pad].zero_()
             self.query_positions.weight.copy_(places[:self.config.queries])
@@ -504,7 +518,8 @@ class E2EVLP(nn.Module):
         """
         grid, mask = self.backbone(images, sizes, padded, self.recompute)  # (B, D, H, W), (B, H, W)
         D = grid.shape[1]
-        positions = sine_positions(mask, D, self.config.temperature).to(grid.dtype)
+        positions = sine_positions(mask, D, self.config.temperature, self.config.detr_positions)
+        positions = positions.to(grid.dtype)
         mask = mask.flatten(1) if padded else None                         # (B, S)
         return Memory(grid.flatten(2).transpose(1, 2), positions, mask)
 
@@ -549,7 +564,7 @@ class E2EVLP(nn.Module):
         for layer in self.decoder:
             x = maybe_checkpoint(layer, x, self.query_positions.weight, memory,
                                  enabled=self.recompute)
-            outputs.append(x)
+            outputs.append(self.decoder_norm(x))
         return torch.stack(outputs)
 
     def detect(self, memory):
@@ -577,7 +592,7 @@ class E2EVLP(nn.Module):
         for layer, cache in zip(self.decoder, caches or [None] * len(self.decoder)):
             x = maybe_checkpoint(layer, x, 0, memory, causal=True, cache=cache,
                                  enabled=self.recompute)
-        return self.caption(x)
+        return self.caption(self.decoder_norm(x))
 
     # -- pre-training ------------------------------------------------------------------------------
 
@@ -758,7 +773,9 @@ def save_checkpoint(path, model, vocabulary, names, **more):
 def load_file(path, flag):
     """A file's dict of tensors and plain values (weights_only: it cannot run code)."""
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {path}: no such file")
+        advice = [f"; download {url}" for name, url in DETR_DOWNLOADS.items()
+                  if os.path.basename(path).startswith(name)]
+        raise InputError(f"{flag} {path}: no such file{''.join(advice)}")
     try:
         if zipfile.is_zipfile(path):  # torch.load does not notice a flipped byte, this does
             with zipfile.ZipFile(path) as file:
@@ -775,8 +792,12 @@ def load_file(path, flag):
 
 
 def load_checkpoint(path, flag="--checkpoint"):
-    """What save_checkpoint wrote, "config" as a Config. InputError if it is something else."""
+    """What save_checkpoint wrote, "config" as a Config; of DETR's file the same, see
+    `detr_checkpoint`. InputError if it is something else.
+    """
     state = load_file(path, flag)
+    if is_detr(state):
+        return detr_checkpoint(state["model"], path, flag)
     try:
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']}, not {FORMAT}")
@@ -791,7 +812,11 @@ def build_model(state, path):
     """The model of a checkpoint, strictly its own; path: what a message calls it."""
     try:
         model = E2EVLP(state["config"])
-        model.load_state_dict(state["model"])
+        fresh = {}
+        if "lacks" in state:  # DETR's file: words and their heads are there, but nothing uses them
+            fresh = {name: tensor for name, tensor in model.state_dict().items()
+                     if name.startswith(state["lacks"])}
+        model.load_state_dict({**fresh, **state["model"]})
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its weights do not fit its configuration "
                          f"({str(error).splitlines()[-1].strip()}); give another file") from None
@@ -799,7 +824,9 @@ def build_model(state, path):
 
 
 def load_pretrained(model, state, say=print):
-    """Copy a checkpoint's weights into a model of another stage; name each that does not fit."""
+    """Copy a checkpoint's weights into a model of another stage; name each that does not fit, and
+    count the parameters of each part.
+    """
     own = model.state_dict()
     fitting = {k: v for k, v in state.items()
                if k in own and own[k].shape == getattr(v, "shape", None)}
@@ -812,6 +839,142 @@ def load_pretrained(model, state, say=print):
         if key not in own:
             say(f"  in the checkpoint but not used: {key}")
     model.load_state_dict(fitting, strict=False)
+    loaded, anew = {}, {}
+    for name, parameter in model.named_parameters():
+        counts = loaded if name in fitting else anew
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    for counts, whence in ((loaded, "from the checkpoint"), (anew, "that start anew")):
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        say(f"  parameters {whence}: {parts or 'none'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# DETR's weights: given no sentence, this model in DETR's sizes is DETR (Carion et al. 2020)
+
+DETR_DOWNLOADS = {
+    "detr-r50": "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth (159 MB)",
+    "detr-r101": "https://dl.fbaipublicfiles.com/detr/detr-r101-2c7b67e5.pth (232 MB)"}
+
+# Our names (those of the walk) beside DETR's. A tensor's name is translated by the first row whose
+# left side it begins with, then by each row of DETR_LAYER_NAMES.
+DETR_NAMES = {
+    "backbone.resnet.": "backbone.0.body.",
+    "backbone.project.": "input_proj.",
+    "encoder.": "transformer.encoder.layers.",
+    "decoder.": "transformer.decoder.layers.",
+    "decoder_norm.": "transformer.decoder.norm.",
+    "query_positions.": "query_embed.",
+    "classes.coco.": "class_embed.",            # 81 of its 92 rows, see COCO_IDS
+    "box.0.": "bbox_embed.layers.0.",
+    "box.2.": "bbox_embed.layers.1.",
+    "box.4.": "bbox_embed.layers.2."}
+DETR_LAYER_NAMES = {                            # in each layer; norm1, norm2, norm3 are DETR's too
+    ".attention.": ".self_attn.",
+    ".self_attention.": ".self_attn.",
+    ".cross_attention.": ".multihead_attn.",
+    "attn.q.": "attn.in_proj_",                 # one matrix (3 D, D): the rows of the queries,
+    "attn.k.": "attn.in_proj_",                 # then of the keys,
+    "attn.v.": "attn.in_proj_",                 # and of the values
+    "attn.out.": "attn.out_proj.",
+    ".feed_forward.0.": ".linear1.",
+    ".feed_forward.3.": ".linear2."}
+# What DETR has not: the sentence, and the heads of MLM, ITM, attributes and captioning
+DETR_LACKS = ("sentence.", "mlm_", "itm.", "attribute.", "caption.")
+
+# COCO's categories by id, 1 .. 90 with gaps (and 0 for none); ours count from 0 without
+COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_IDS = [i for i, name in enumerate(COCO_CATEGORIES) if name not in ("__background__", "N/A")]
+
+# A ResNet by the blocks of its layer3 and the channels of its C5
+RESNET_SIZES = {(2, 512): "r18", (6, 512): "r34", (6, 2048): "r50", (23, 2048): "r101",
+                (36, 2048): "r152"}
+
+
+def is_detr(state):
+    """Whether a file's dict is facebookresearch/detr's: {"model": {name: tensor}}."""
+    names = state.get("model")
+    return isinstance(names, dict) and any(str(n).startswith("transformer.") for n in names)
+
+
+def detr_config(theirs):
+    """The Config of DETR's weights, its sizes from the tensors' shapes. KeyError: one is missing.
+    What no tensor tells is DETR's own: heads of 32 units, ReLU, post-norm.
+    """
+
+    def count(prefix):  # the parts "prefix.0.", "prefix.1." ...
+        return len({name[len(prefix):].split(".")[0] for name in theirs if name.startswith(prefix)})
+
+    width, channels = theirs["input_proj.weight"].shape[:2]
+    resnet = count("backbone.0.body.layer3."), channels
+    if resnet not in RESNET_SIZES:
+        raise KeyError("a whole ResNet")
+    pad, _, cls, sep, mask = range(len(SPECIAL))
+    return Config(
+        backbone=RESNET_SIZES[resnet], width=width, heads=width // 32, head_width=32,
+        feed_forward=len(theirs["transformer.encoder.layers.0.linear1.bias"]),
+        encoder_layers=count("transformer.encoder.layers."),
+        decoder_layers=count("transformer.decoder.layers."),
+        queries=len(theirs["query_embed.weight"]),
+        activation="relu", decoder_norm=True, detr_positions=True,
+        classes={"coco": len(COCO_IDS)}, attributes=1, task="detection",
+        vocabulary=len(SPECIAL), pad=pad, cls=cls, sep=sep, mask=mask)
+
+
+def detr_name(name):
+    """DETR's name for one of our tensors."""
+    for ours, detrs in DETR_NAMES.items():
+        if name.startswith(ours):
+            translated = detrs + name[len(ours):]
+            break
+    if name.startswith(("encoder.", "decoder.")):
+        for ours, detrs in DETR_LAYER_NAMES.items():
+            translated = translated.replace(ours, detrs)
+    return translated
+
+
+def from_detr(tensor, name):
+    """What our tensor of this name has of DETR's: all, one of three parts, or some rows."""
+    if "in_proj_" in detr_name(name):
+        part = name.split(".")[-2]                        # q, k or v
+        return tensor.chunk(3)["qkv".index(part)]         # (3 D, D) -> (D, D)
+    if name.startswith("classes.coco."):
+        return tensor[[*COCO_IDS, len(tensor) - 1]]       # the last means "no object" in both
+    return tensor
+
+
+def detr_checkpoint(theirs, path, flag):
+    """DETR's weights as what load_checkpoint returns of a detector fine-tuned without sentences.
+
+    theirs: {DETR's name: tensor}. "model" has only what DETR has; "lacks": what the names begin
+    with that it has not. The vocabulary has special pieces alone: it knows no word. InputError for
+    another architecture, and for DC5's: its C5 is dilated to stride 16, which no tensor shows, so
+    only the file's name tells.
+    """
+    problems = []
+    weights = {}
+    if "dc5" in os.path.basename(path).lower():
+        problems.append("a dilated ResNet (DC5) is not built here")
+    try:
+        config = detr_config(theirs)
+        with torch.device("meta"):
+            names = [n for n in E2EVLP(config).state_dict() if not n.startswith(DETR_LACKS)]
+        classes = len(theirs["class_embed.bias"])
+        if classes != len(COCO_CATEGORIES) + 1:
+            problems.append(f"its class head has {classes} outputs, not COCO's 92")
+        else:
+            weights = {name: from_detr(theirs[detr_name(name)], name) for name in names}
+        unused = set(theirs) - {detr_name(name) for name in names}
+        problems += [f"{name} is not one of DETR's" for name in sorted(unused)
+                     if "num_batches_tracked" not in name]
+    except KeyError as error:
+        problems.append(f"it lacks {error.args[0]}")
+    if problems:
+        raise InputError(f"{flag} {path}: looks like DETR, but {problems[0]}; what is read is "
+                         "detr-r50 and detr-r101 of facebookresearch/detr")
+    return {"model": weights, "config": config, "lacks": DETR_LACKS, "vocabulary": list(SPECIAL),
+            "names": {"coco": [COCO_CATEGORIES[i] for i in COCO_IDS], "vg": [], "attributes": []},
+            "args": {"task": "detection", "text": "none", "short_sides": [800], "long_side": 1333}}
 
 
 # --------------------------------------------------------------------------------------------------

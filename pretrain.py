@@ -46,7 +46,7 @@ from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
 from matcher import (LOSS_WEIGHTS, NO_OBJECT_WEIGHT, detection_target, loss_normalizers,
                      no_object_weight, set_loss, to_device)
 from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
-                   save_checkpoint)
+                   load_pretrained, save_checkpoint)
 
 # --------------------------------------------------------------------------------------------------
 # An image as a training item, and a batch of them
@@ -579,6 +579,9 @@ class Run:
 # The flags that say what the model is; a resumed run, and a fine-tuning, has its checkpoint's.
 MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers",
                "decoder_layers", "queries", "temperature", "dropout", "train_stem")
+# With --init FILE the model is the file's, and these flags can only agree with it
+FREE_FLAGS = ("dropout", "train_stem")
+FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbone_weights")
 # The miniature world on two cores in 19 minutes: smaller, with a recipe that is faster at first
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
                   feed_forward=256, encoder_layers=3, decoder_layers=4, queries=10,
@@ -711,13 +714,18 @@ def parse(argv):
     g.add_argument("--val-pictures", type=COUNT, default=1000, metavar="N",
                    help="held-out images to measure on, at most")
     g = parser.add_argument_group("beyond the paper")
+    g.add_argument("--init", metavar="FILE", help="start from DETR's weights, and in its sizes")
     g.add_argument("--mask-named", type=SHARE, default=0.15, metavar="SHARE",
                    help="of masked words, among those that name an object or attribute")
     g.add_argument("--grid-word-loss", type=AMOUNT, default=0, metavar="WEIGHT",
                    help="ask the cell at an object's centre for the object's words; 0: off")
-    if parser.parse_args(argv).mini:
+    args = parser.parse_args(argv)
+    if args.mini:
         parser.set_defaults(**MINI)
-    return parse_resumed(parser, argv, fixed=(*MODEL_FLAGS, "backbone_weights", "vocab", "sets"))
+    if args.init:
+        parser.set_defaults(**dict.fromkeys(FILE_FLAGS))
+    return parse_resumed(parser, argv, fixed=(*MODEL_FLAGS, "backbone_weights", "vocab", "sets",
+                                              "init"))
 
 
 def parse_resumed(parser, argv, fixed):
@@ -751,6 +759,15 @@ def parse_resumed(parser, argv, fixed):
 # The run
 
 
+def check_file_flags(args, config, flags):
+    """InputError for a flag that disagrees with the file of --init."""
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and value != getattr(config, flag, None):
+            raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave "
+                             "this flag or --init away")
+
+
 def new_model(args, tokenizer, names, **more):
     """A model from the flags, the vocabulary and the label sets, its ResNet with
     --backbone-weights; the same in each process. more: of Config.
@@ -762,8 +779,30 @@ def new_model(args, tokenizer, names, **more):
         max_tokens=tokenizer.max_tokens, attributes=max(1, len(names["attributes"])),
         classes={source: len(names[source]) for source in ("coco", "vg") if names[source]},
         pad=tokenizer.pad, cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask, **more))
-    if args.backbone_weights != "none":
+    if args.backbone_weights not in ("none", None):
         model.backbone.load_weights(args.backbone_weights)
+    return model
+
+
+def detr_model(args, tokenizer, names):
+    """A model in the sizes of DETR's weights and with them. Words, and the heads that DETR has not,
+    start anew; COCO's classes too if the data has others. The sizes become the run's flags.
+    """
+    state = load_checkpoint(args.init, "--init")
+    config = state["config"]
+    if "lacks" not in state:
+        raise InputError(f"--init {args.init}: not DETR's weights; --resume goes on with a "
+                         "checkpoint of pre-training")
+    check_file_flags(args, config, FILE_FLAGS)
+    for flag in MODEL_FLAGS:
+        if flag not in FREE_FLAGS:
+            setattr(args, flag, getattr(config, flag))
+    model = new_model(args, tokenizer, names, activation=config.activation,
+                      decoder_norm=config.decoder_norm, detr_positions=config.detr_positions)
+    if names["coco"] != state["names"]["coco"]:
+        state["model"] = {name: tensor for name, tensor in state["model"].items()
+                          if not name.startswith("classes.")}
+    load_pretrained(model, state["model"], print0)
     return model
 
 
@@ -796,7 +835,7 @@ def pretrain(args, state):
     val = decodable(data["val"][:args.val_pictures], print0)
     if state is None:
         tokenizer = Tokenizer(args.vocab or f"{args.data}/vocab.txt")
-        model = new_model(args, tokenizer, names)
+        model = (detr_model if args.init else new_model)(args, tokenizer, names)
     else:
         if names != {key: state["names"][key] for key in names}:
             raise InputError(f"--data {args.data}: its classes or attributes are not those of "

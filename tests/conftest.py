@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,76 @@ def small_model(**changes):
             tensor.uniform_(0.5, 2)
     model.load_state_dict(model.state_dict())  # frozen norms are folded anew
     return model.eval()
+
+
+# transformers' names for DETR's tensors beside those of facebookresearch/detr
+DETR_RENAMED = [
+    (r"class_labels_classifier", "class_embed"), (r"bbox_predictor", "bbox_embed"),
+    (r"model\.query_position_embeddings", "query_embed"),
+    (r"model\.input_projection", "input_proj"),
+    (r"model\.backbone\.model\.embedder\.embedder\.convolution", "backbone.0.body.conv1"),
+    (r"model\.backbone\.model\.embedder\.embedder\.normalization", "backbone.0.body.bn1"),
+    (r"model\.backbone\.model\.encoder\.stages\.(\d+)\.layers",
+     lambda found: f"backbone.0.body.layer{int(found[1]) + 1}"),
+    (r"shortcut\.convolution", "downsample.0"), (r"shortcut\.normalization", "downsample.1"),
+    (r"layer\.(\d)\.convolution", lambda found: f"conv{int(found[1]) + 1}"),
+    (r"layer\.(\d)\.normalization", lambda found: f"bn{int(found[1]) + 1}"),
+    (r"model\.decoder\.layernorm", "transformer.decoder.norm"),
+    (r"model\.(en|de)coder\.layers", r"transformer.\1coder.layers"),
+    (r"encoder_attn\.", "multihead_attn."), (r"o_proj", "out_proj"),
+    (r"mlp\.fc", "linear"), (r"self_attn_layer_norm", "norm1"),
+    (r"encoder_attn_layer_norm", "norm2"),
+    (r"(encoder\.layers\.\d\.)final_layer_norm", r"\1norm2"),
+    (r"(decoder\.layers\.\d\.)final_layer_norm", r"\1norm3")]
+
+
+def write_detr(path, backbone="r18", **changes):
+    """Random weights as facebookresearch/detr's file has them; returns transformers' model with the
+    same weights. Small, unless changes say otherwise; backbone: r18 or r50.
+    """
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    torch.manual_seed(0)
+    resnet = ResNetConfig(out_features=["stage4"])
+    if backbone == "r18":
+        resnet = ResNetConfig(out_features=["stage4"], layer_type="basic", depths=[2, 2, 2, 2],
+                              hidden_sizes=[64, 128, 256, 512])
+    small = dict(d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=96,
+                 decoder_ffn_dim=96, encoder_attention_heads=2, decoder_attention_heads=2,
+                 num_queries=8)
+    theirs = DetrForObjectDetection(DetrConfig(
+        **{**small, **changes}, num_labels=91, backbone=None, backbone_config=resnet,
+        use_timm_backbone=False, use_pretrained_backbone=False)).eval()
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if tensor.dim() == 4:
+                torch.nn.init.kaiming_normal_(tensor)
+            elif tensor.dim() == 2:
+                torch.nn.init.xavier_uniform_(tensor, gain=1.5)
+            elif "running_var" in name or "norm" in name and name.endswith("weight"):
+                tensor.uniform_(0.5, 1.0)
+            else:
+                tensor.normal_(std=0.2)
+
+    packed = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in DETR_RENAMED:
+            name = re.sub(old, new, name)
+        packed[name] = tensor
+    for name in [name for name in packed if ".q_proj." in name]:
+        rows = [packed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        packed[name.replace("q_proj.", "in_proj_")] = torch.cat(rows)
+    # The published files are of 2020, older than PyTorch's zip format
+    torch.save({"model": packed}, path, _use_new_zipfile_serialization=False)
+    return theirs
+
+
+@pytest.fixture(scope="session")
+def detr(tmp_path_factory):
+    """A file of DETR's weights, small and random."""
+    path = tmp_path_factory.mktemp("detr") / "detr-r18.pth"
+    write_detr(path)
+    return str(path)
 
 
 def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabulary=50):

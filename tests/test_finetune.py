@@ -22,8 +22,9 @@ from test_pretrain import (log, ok, restored_signals, run_ranks,  # noqa: F401
 
 import finetune
 import tasks
+from data import InputError
 from evaluate import Predictor
-from model import load_checkpoint
+from model import build_model, load_checkpoint
 
 SMALL = ["--mini", "--workers", "0", "--minutes", "0", "--batch-size", "4", "--warmup", "0",
          "--log-every", "1", "--negatives", "2", "--val-examples", "4"]
@@ -407,3 +408,91 @@ def test_pairs_of_ones_own_pretrain_and_fine_tune(world, tmp_path):
     assert image["image_id"] == "3.jpg"
     assert Predictor(str(tmp_path / "caption/best.pt")).open(tmp_path / "images/3.jpg").size == \
         (64, 96)
+
+
+# --------------------------------------------------------------------------------------------------
+# From DETR's weights
+
+
+def test_detection_trains_from_detrs_weights(detr, world, tmp_path):
+    """Every part gets a gradient, but what has none by its formula: in the decoder's first layer
+    the queries have no content yet, so all values are alike; a key's bias adds the same to all
+    scores of a softmax.
+    """
+    printed = ok(run_command("finetune.py", "--task", "detection", "--text", "none", "--init", detr,
+                             "--data", world, "--output", tmp_path, *SMALL, "--steps", "2"))
+    assert f"6 classes in place of the 80 of {detr}: the class head starts anew" in printed
+    loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
+    anew = printed.split("parameters that start anew: ")[1].split("\n")[0]
+    assert "query_positions 512" in loaded and "classes" not in loaded
+    assert "classes 455" in anew and "sentence " in anew and "encoder" not in anew
+
+    state = load_checkpoint(f"{tmp_path}/last.pt")
+    assert state["config"].decoder_norm and state["config"].activation == "relu"
+    before = load_checkpoint(detr)["model"]
+    model = build_model(state, "last.pt")
+    modules = tuple(tasks.Detection(text="none").modules)
+    trained = [name for name, parameter in model.named_parameters()
+               if name.startswith(modules) and parameter.requires_grad]
+    trained.sort(key=lambda name: name.startswith("backbone.resnet"))  # the order of the groups
+    means = [moment["exp_avg"] for moment in state["optimizer"]["state"].values()]
+    idle = {name for name, mean in zip(trained, means, strict=True) if mean.norm() < 1e-9}
+    first = {f"decoder.0.self_attention.{name}" for name in ("q.weight", "k.weight", "v.weight",
+                                                             "q.bias", "k.bias")}
+    assert "decoder.0.self_attention.v.weight" in idle
+    assert all(name in first or name.endswith(".k.bias") for name in idle), idle
+    for name, tensor in before.items():
+        stem = name.startswith(("backbone.resnet.conv1.", "backbone.resnet.layer1."))
+        norm = name.startswith("backbone.") and (".bn" in name or "downsample.1." in name)
+        if not name.startswith("classes."):
+            assert torch.equal(tensor, state["model"][name]) == (stem or norm), name
+
+    with pytest.raises(InputError, match="knows no words; leave the sentence away"):
+        Predictor(f"{tmp_path}/best.pt").detect(Image.new("RGB", (96, 72)), sentence="a red circle")
+
+
+def test_detrs_weights_score_and_train_on_boxes_of_ones_own(detr, tmp_path):
+    classes = ("person", "dog", "toothbrush")
+    for split in ("train", "val"):
+        write_rectangles(tmp_path, split, 4, classes=classes)
+    predictor = Predictor(detr)
+    found = predictor.detect(tmp_path / "val/deep/0.png", 0.0)
+    assert len(found) == 8 and not any(thing["attributes"] for thing in found)
+    assert {thing["label"] for thing in found} <= set(load_checkpoint(detr)["names"]["coco"])
+    with pytest.raises(InputError, match="cannot caption; it can detect"):
+        predictor.caption(tmp_path / "val/deep/0.png")
+    scores = tmp_path / "scores.json"
+    ok(run_command("evaluate.py", "--task", "detection", "--checkpoint", detr, "--val-annotations",
+                   tmp_path / "val.json", "--val-images", tmp_path / "val", "--json", scores))
+    assert 0 <= json.loads(scores.read_text())["AP"] <= 1
+
+    ok(run_command("finetune.py", *own_flags(tmp_path), "--init", detr, *SMALL, "--output",
+                   tmp_path / "run", "--steps", "2"))
+    labels = {thing["label"] for thing in Predictor(f"{tmp_path}/run/best.pt").detect(
+        tmp_path / "val/deep/0.png", 0.0)}
+    assert labels <= set(classes)
+    ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
+
+
+def test_detrs_class_head_is_kept_where_the_data_has_cocos_classes(detr, tmp_path):
+    """As COCO's own files have: 80 names in the order of their ids."""
+    start = load_checkpoint(detr)
+    for split in ("train", "val"):
+        file = write_rectangles(tmp_path, split, 4)
+        file["categories"] = [{"id": number, "name": name}
+                              for number, name in enumerate(start["names"]["coco"], 1)]
+        (tmp_path / f"{split}.json").write_text(json.dumps(file))
+    printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--init", detr, *SMALL,
+                             "--output", tmp_path / "run", "--steps", "1", "--lr", "1e-6"))
+    assert "classes 5,265" in printed and "the class head starts anew" not in printed
+    trained = load_checkpoint(f"{tmp_path}/run/best.pt")["model"]["classes.coco.weight"]
+    torch.testing.assert_close(trained, start["model"]["classes.coco.weight"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--task", "detection"], "knows no words; give --text none"),
+    (["--task", "vqa"], "is fine-tuned for detection"),
+    (["--task", "detection", "--text", "none", "--width", "32"], "--width 32: ")])
+def test_what_detrs_weights_cannot_start_is_one_line(detr, world, tmp_path, capsys, flags, words):
+    assert words in one_line(capsys, *flags, "--init", detr, "--data", world, "--output",
+                             tmp_path / "out", *SMALL)

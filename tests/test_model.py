@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import small_batch, small_model
+from conftest import small_batch, small_model, write_detr
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from transformers import BertConfig, DetrConfig
@@ -169,6 +169,46 @@ def test_encoder_decoder_and_box_head_equal_transformers_detr():
         object_queries_position_embeddings=model.query_positions.weight.expand(3, 5, 64))
     close(objects, expected.intermediate_hidden_states)
     close(model.detect(memory)["boxes"], box(objects).sigmoid())
+
+
+@torch.no_grad()
+def test_detrs_weights_give_what_transformers_detr_gives(tmp_path):
+    """DETR in its full size, its weights random: classes and boxes of all six layers. Two images of
+    different size in one batch get what each gets alone.
+
+    Each layer's output is taken by a hook: with auxiliary_loss transformers 5 feeds the normed
+    output of a layer to the next one, which DETR's own code does not.
+    """
+    path = str(tmp_path / "detr-r50.pth")
+    theirs = write_detr(path, "r50", d_model=256, encoder_layers=6, decoder_layers=6,
+                        encoder_ffn_dim=2048, decoder_ffn_dim=2048, encoder_attention_heads=8,
+                        decoder_attention_heads=8, num_queries=100)
+    state = load_checkpoint(path)
+    model = build_model(state, path).eval()
+    used = [p for name, p in model.named_parameters() if not name.startswith(state["lacks"])]
+    gaps = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    spared = 257 * len(gaps)
+    assert sum(p.numel() for p in used) == count_parameters(theirs) - spared
+
+    batch = small_batch(sizes=((96, 130), (70, 100)))
+    objects = model.detect(model.encode(image_memory(model, batch)))
+    outputs = []
+    for layer in theirs.model.decoder.layers:
+        layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    columns = [i for i in range(92) if i not in gaps]  # class 91 means "no object"
+    for b, (height, width) in enumerate(((96, 130), (70, 100))):
+        alone = batch["images"][b:b + 1, :, :height, :width]
+        pixels = torchvision.transforms.functional.normalize(alone / 255, IMAGE_MEAN, IMAGE_STD)
+        outputs.clear()
+        last = theirs(pixels)
+        states = theirs.model.decoder.layernorm(torch.stack(outputs))  # (6, 1, 100, 256)
+        logits = theirs.class_labels_classifier(states)[..., columns]
+        assert logits.std() > 0.1
+        close(objects["logits"]["coco"][:, b], logits[:, 0])
+        boxes = theirs.bbox_predictor(states).sigmoid()
+        close(objects["boxes"][:, b], boxes[:, 0])
+        close(last.logits[..., columns], logits[-1])
+        close(last.pred_boxes, boxes[-1])
 
 
 @torch.no_grad()
@@ -577,11 +617,55 @@ def test_loading_for_another_stage_names_what_does_not_fit():
     state["mlm_bias"].fill_(7)
     del state["itm.0.weight"]
     load_pretrained(model, state, said.append)
+    loaded = {name: count_parameters(part) for name, part in model.named_children()
+              if name not in ("query_positions", "decoder_norm")}
+    loaded = {"mlm_bias": 50, **loaded, "itm": loaded["itm"] - 1024}
     assert [line.split(": ") for line in said] == [
         ["  of another shape in the checkpoint, starts anew", "query_positions.weight"],
         ["  not in the checkpoint, starts anew", "itm.0.weight"],
-        ["  in the checkpoint but not used", "extra.weight"]]
+        ["  in the checkpoint but not used", "extra.weight"],
+        ["  parameters from the checkpoint", ", ".join(f"{k} {v:,}" for k, v in loaded.items())],
+        ["  parameters that start anew", "query_positions 288, itm 1,024"]]
     assert (model.mlm_bias == 7).all()
+
+
+def test_detrs_weights_are_those_of_a_detector_of_cocos_classes(detr):
+    state = load_checkpoint(detr)
+    names = state["names"]["coco"]
+    assert len(names) == 80 and (names[0], names[11], names[-1]) == (
+        "person", "stop sign", "toothbrush")
+    assert state["config"] == Config(
+        backbone="r18", width=64, heads=2, feed_forward=96, encoder_layers=2, decoder_layers=2,
+        queries=8, activation="relu", decoder_norm=True, detr_positions=True, classes={"coco": 80},
+        attributes=1, task="detection", vocabulary=5, pad=0, cls=2, sep=3, mask=4)
+
+
+@pytest.mark.parametrize("missing", [
+    "transformer.decoder.norm.weight", "transformer.encoder.layers.1.self_attn.in_proj_bias",
+    "backbone.0.body.layer2.0.conv1.weight", "input_proj.weight", "query_embed.weight",
+    "class_embed.bias", "bbox_embed.layers.2.bias"])
+def test_detrs_weights_that_lack_a_tensor_are_one_line(detr, tmp_path, missing):
+    state = torch.load(detr, weights_only=True)
+    del state["model"][missing]
+    torch.save(state, tmp_path / "x.pth")
+    assert f"it lacks {missing}" in refusal(tmp_path / "x.pth")
+
+
+def test_another_detr_is_one_line(detr, tmp_path):
+    """DC5's tensors are named and shaped alike: only the file's name tells."""
+    state = torch.load(detr, weights_only=True)
+    torch.save(state, tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
+    assert "DC5" in refusal(tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
+    weights = state["model"]
+    norm = {"transformer.encoder.norm.weight": torch.zeros(64)}
+    torch.save({"model": {**weights, **norm}}, tmp_path / "pre-norm.pth")
+    assert "transformer.encoder.norm.weight is not" in refusal(tmp_path / "pre-norm.pth")
+    weights["class_embed.weight"] = torch.zeros(251, 64)
+    weights["class_embed.bias"] = torch.zeros(251)
+    torch.save(state, tmp_path / "panoptic.pth")
+    assert "its class head has 251 outputs" in refusal(tmp_path / "panoptic.pth")
+    said = refusal(tmp_path / "detr-r101.pth")
+    assert "no such file; download https://" in said and "r101" in said and "232 MB" in said
 
 
 def test_backbone_weights_that_are_missing_or_of_something_else_are_one_line(tmp_path):

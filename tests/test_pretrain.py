@@ -663,3 +663,31 @@ def test_help_has_a_word_about_each_flag_and_each_default_once(script, most, mon
         assert not re.search(r"default:\s+(None|False|\[\])", flag), flag
     for group in ("data", "model", "training", "output"):
         assert f"\n{group}:\n" in text
+
+
+def test_pretraining_starts_from_detrs_weights(detr, world, tmp_path):
+    """Its sizes are the file's; words and the heads that DETR has not start anew, by name."""
+    flags = ["--mini", "--init", detr, "--data", world, "--output", tmp_path / "a", "--workers",
+             "0", "--minutes", "0", "--batch-size", "4", "--sentences-per-picture", "2",
+             "--val-pictures", "4", "--log-every", "1"]
+    printed = ok(run_command("pretrain.py", *flags, "--steps", "2"))
+    loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
+    anew = printed.split("parameters that start anew: ")[1].split("\n")[0]
+    assert [part.split()[0] for part in loaded.split(", ")] == [
+        "backbone", "encoder", "decoder", "decoder_norm", "query_positions", "box"]
+    assert [part.split()[0] for part in anew.split(", ")] == [
+        "mlm_bias", "sentence", "mlm_transform", "itm", "classes", "attribute", "caption"]
+    assert "starts anew: classes.vg.weight" in printed
+    state = load_checkpoint(f"{tmp_path}/a/last.pt")
+    config, args = state["config"], state["args"]
+    assert (config.width, config.heads, config.queries, config.stride) == (64, 2, 8, 32)
+    assert config.decoder_norm and config.detr_positions and config.frozen_batch_norm
+    assert config.task == "" and args["width"] == 64 and args["backbone"] == "r18"
+    stem = "backbone.resnet.layer1.0.conv1.weight"
+    assert torch.equal(state["model"][stem], load_checkpoint(detr)["model"][stem])
+    ok(run_command("pretrain.py", "--resume", tmp_path / "a/last.pt", "--steps", "3"))
+
+    for change, words in ((["--queries", "9"], "--queries 9: "),
+                          (["--init", tmp_path / "a/last.pt"], "not DETR's weights")):
+        done = run_command("pretrain.py", *flags[:-2], "--output", tmp_path / "b", *change)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

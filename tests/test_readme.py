@@ -1,17 +1,18 @@
 """Each command of the README runs as it stands there, with small data and a small model."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 
-from conftest import ROOT, TINY, run_command
+from conftest import ROOT, TINY, run_command, write_detr
 from PIL import Image
 from test_finetune import write_pairs, write_rectangles
 
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8"]
-SMALL = [*TINY[1:], *MODEL, "--short-sides", "64", "--long-side", "96", "--steps", "1",
-         "--device", "cpu"]
+RUN = [*TINY[11:], "--short-sides", "64", "--long-side", "96", "--steps", "1", "--device", "cpu"]
+SMALL = [*TINY[1:11], *MODEL, *RUN]
 TUNE = ["--batch-size", "8", "--steps", "1", "--workers", "0", "--minutes", "0", "--short-sides",
         "64", "--long-side", "96", "--device", "cpu"]
 FILES = ["matcher.py", "data.py", "model.py", "tasks.py", "evaluate.py", "pretrain.py",
@@ -41,7 +42,8 @@ def prepare(words, folder):
         words = words[1:]
     script, flags = words[1], words[2:]
     if script == "pretrain.py" and "--resume" not in flags:
-        flags += [*SMALL, *([] if "--data" in flags else ["--data", "DIR"])]
+        flags += RUN if "--init" in flags else SMALL  # DETR's weights have their sizes
+        flags += [] if "--data" in flags else ["--data", "DIR"]
     elif script == "finetune.py":
         flags += TUNE
         if flags[flags.index("--init") + 1] == "none":
@@ -56,7 +58,21 @@ def prepare(words, folder):
         if "--data" in flags:
             flags[flags.index("--data") + 1] = "DIR"
         flags = [flag.replace("data/mini", "DIR") for flag in flags]
+    if "detr-r50.pth" in flags:
+        flags = [flag.replace("DIR", "COCO") for flag in flags]
     return [script, *flags], launch
+
+
+def write_coco(world, folder):
+    """The miniature world with the names of COCO's classes, which DETR's weights know."""
+    shutil.copytree(world, folder)
+    names = ["person", "bicycle", "car", "stop sign", "dog", "toothbrush"]
+    for split in ("train", "val"):
+        path = folder / f"coco/annotations/instances_{split}2017.json"
+        file = json.loads(path.read_text())
+        for category, name in zip(file["categories"], names, strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(file))
 
 
 def test_every_command_runs(world, tmp_path):
@@ -71,6 +87,8 @@ def test_every_command_runs(world, tmp_path):
     for split in ("train", "val"):
         write_rectangles(tmp_path / "mine", split, 8)
     write_pairs(tmp_path / "mine")
+    write_coco(world, tmp_path / "COCO")
+    write_detr(tmp_path / "detr-r50.pth")
     os.rename(tmp_path / "mine/images", tmp_path / "mine/pictures")
     for words in found:
         if "pytest" in words:
