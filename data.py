@@ -269,27 +269,30 @@ def say_left_out(path, counts, say):
             say(f"{path}: left out {number} {what}")
 
 
-def file_finder(folder):
-    """A function from the name in a record to the image's path in a folder, or None: the path as
-    the record has it; if that is not there its last part, if only one file is called so.
+def find_files(folder, names):
+    """{name in a record: the image's path in a folder, or None}. It is the path as the record has
+    it; if that is not there its last part, if only one file, and no other record's, is called so.
     """
     if folder is None:
         raise InputError("give the images' folder too: --images, --train-images or --val-images")
     paths = {}
     alike = defaultdict(list)
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            path = os.path.join(parent, file)
             paths[os.path.relpath(path, folder)] = path
-            alike[name].append(path)
+            alike[file].append(path)
     if not paths:
         raise InputError(f"{folder}: no such folder, or nothing in it; unpack the images there")
 
-    def find(name):
+    found = {name: paths.get(os.path.normpath(name)) for name in names}
+    taken = set(found.values())
+    for name, path in found.items():
         others = alike[os.path.basename(name)]
-        return paths.get(os.path.normpath(name)) or (others[0] if len(others) == 1 else None)
-
-    return find
+        if path is None and len(others) == 1 and others[0] not in taken:
+            found[name] = others[0]
+            taken.add(others[0])
+    return found
 
 
 def read_boxes(path, folder, names=None, complete=False, say=print):
@@ -310,6 +313,7 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
 
     known = {image.id for image in instances.images}
     left_out = Counter()
+    clipped = 0
     for annotation in instances.annotations:
         if annotation.image_id not in known or annotation.category_id not in label_of:
             raise InputError(f"{path}: annotation {annotation.id}: unknown image_id "
@@ -326,7 +330,12 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
         else:
             example.coco.boxes.append(box)
             example.coco.labels.append(label_of[annotation.category_id])
+            x, y, w, h = annotation.bbox
+            clipped += min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
     say_left_out(path, left_out, say)
+    if clipped:
+        say(f"{path}: clipped {clipped} boxes that reach beyond their image; a bbox is x, y, width,"
+            " height in pixels")
     if not any(example.coco.boxes for example in examples.values()):
         raise InputError(f"{path}: no box is left of {len(instances.annotations)} annotations and "
                          f"{len(instances.categories)} categories; detection needs some")
@@ -337,14 +346,14 @@ def images_with_records(path, folder, images, complete, say):
     """{image id: Example} of the CocoImages whose files are in the folder. Boxes are for the pixels
     as stored, or for the image as a camera's rotation (EXIF) turns it: the record's size tells.
     """
-    find = file_finder(folder)
+    files = find_files(folder, [safe_name(image.file_name, path) for image in images])
     examples, file_names = {}, {}
     missing, other_size = [], []
     for image in tqdm(images, "image sizes", disable=None, leave=False):
         if file_names.setdefault(image.id, image.file_name) != image.file_name:
             raise InputError(f"{path}: image id {image.id} stands for {file_names[image.id]} and "
                              f"for {image.file_name}; give each image a number of its own")
-        file = find(safe_name(image.file_name, path))
+        file = files[image.file_name]
         if file is None:
             missing.append(image.file_name)
             continue
@@ -415,21 +424,25 @@ def read_pairs(path, folder, split, say=print):
             rows = (msgspec.json.decode(line) for line in text.split("\n") if line.strip())
         else:
             rows = csv.DictReader(io.StringIO(text), strict=True, restval="")
+            if not {"image", "caption"} <= set(rows.fieldnames or ()):
+                raise InputError(f"{path}: its first line is {text.splitlines()[:1]}; it must be "
+                                 "image,caption or image,caption,split")
         for row in rows:
             pairs.append(msgspec.convert(row, Pair))
     except (csv.Error, msgspec.MsgspecError) as error:
         raise InputError(f"{path}: after {len(pairs)} rows: {error}; a row has image, caption and "
                          "perhaps split (train, val or test), in CSV as its first line says"
                          ) from None
-    find = str if folder == "" else file_finder(folder)
+    names = [safe_name(pair.image, path) for pair in pairs]
+    files = dict(zip(names, names)) if folder == "" else find_files(folder, names)
     left_out = Counter()
     examples = {}
     for pair in pairs:
-        name = safe_name(pair.image, path)
+        name = pair.image
         by_hash = hashlib.sha256(name.encode()).digest()[0] % 10 == 0
         if split != (pair.split or ("val" if by_hash else "train")):
             continue
-        file = find(name)
+        file = files[name]
         if file is None and split != "train":
             raise InputError(f"{folder}/{name}: is not there, but in {path}; a score needs all")
         if file is None:
@@ -1147,7 +1160,8 @@ def main(argv=None):
         for split in ("train", "val"):
             path = getattr(args, f"{split}_annotations")
             if path:
-                examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"), names)
+                examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"), names,
+                                                complete=split == "val")
                 describe(split, examples.values(), {"coco": names})
         if names:
             return

@@ -633,7 +633,7 @@ def record_attention(modules):
 
 def show_objects(axes, image, objects, title):
     """An image with labelled boxes, as `Predictor.detect` has them, and a title."""
-    axes.imshow(image, aspect="equal")
+    axes.imshow(image, aspect="equal", extent=(0, image.width, image.height, 0))
     axes.set_axis_off()
     axes.set_title("\n".join(textwrap.wrap(title, 32)), fontsize=7)
     for i, thing in enumerate(objects):

@@ -275,7 +275,8 @@ def finetune(args, state):
     if run.rank == 0:
         mean_objects = describe("train", index["train"]["examples"], names, model.config.queries,
                                 tokenizer, print0)
-        describe("val", val, names, model.config.queries, tokenizer, print0)
+        describe("val", val, {**names, **index["val"]["names"]}, model.config.queries, tokenizer,
+                 print0)
     task.set_balance(gather(mean_objects)[0], model.config.queries)
     print0(f"{task.name}: an epoch is {len(dataset.order)} "
            f"{'pairs' if task.by_sentence else 'examples'} in {len(dataset)} items, "

@@ -824,7 +824,7 @@ def pretraining_set(args, data, tokenizer):
 
 def pretrain(args, state):
     run = Run(args, state)
-    if args.mini and not os.path.exists(args.data):
+    if args.mini and not args.pairs and not os.path.exists(args.data):
         print0(f"writing the miniature world to {args.data}")
         on_first_process(lambda: shapes.write_world(args.data, flag="--data"))
     if args.pairs and not {"detection", "attributes"}.issubset(args.without):

@@ -927,7 +927,8 @@ class Detection(Task):
 
     def detect(self, model, batch):
         tokens = batch["tokens"] if self.text == "caption" else None
-        return model.detect(model.encode(encode_images(model, batch), tokens))
+        grid = encode_images(model, batch).select(batch["image"])  # an image may have two records
+        return model.detect(model.encode(grid, tokens))
 
     def losses(self, model, batch, normalizers):
         objects = self.detect(model, batch)

@@ -875,7 +875,8 @@ def test_without_a_split_a_tenth_of_the_images_is_validated_on(own, tmp_path):
 
 
 @pytest.mark.parametrize("text,words", [
-    ("image,text\nc.jpg,b\n", "missing required field `caption`"),
+    ("image,text\nc.jpg,b\n", "its first line is ['image,text']; it must be image,caption"),
+    ("image;caption\nc.jpg;b\n", "its first line is ['image;caption']; it must be image,caption"),
     ("image,caption,split\nc.jpg,b,dev\n", "Invalid enum value 'dev'"),
     ('image,caption\n"c.jpg,a\n', "unexpected end of data"),
     ("image,caption\n../c.jpg,b\n", "leads out of its folder"),
@@ -961,3 +962,18 @@ def test_the_command_says_what_is_in_boxes_of_ones_own(own, capsys):
     out = capsys.readouterr().out
     assert "train: 3 images, 0 sentences, 3 boxes" in out and "val: 3 images" in out
     assert "from 3 (Screw, M1) to 3 (Screw, M1); none of nut" in out
+
+
+def test_a_file_is_one_records_alone(own):
+    """The missing c.jpg is not replaced by another record's d/c.jpg."""
+    os.makedirs(f"{own.images}/d")
+    os.rename(f"{own.images}/c.jpg", f"{own.images}/d/c.jpg")
+    own.file["images"].append({"id": 3, "file_name": "d/c.jpg", "height": 30, "width": 40})
+    examples, _, notes = own.read()
+    assert [e.id for e in examples] == [0, 1, 3] and "the first is c.jpg" in notes
+
+
+def test_boxes_beyond_their_image_are_counted(own):
+    """As those whose corners stand where width and height belong."""
+    own.file["annotations"][0]["bbox"] = [20, 10, 38, 28]
+    assert "clipped 1 boxes that reach beyond their image; a bbox is x, y, width" in own.read()[2]
