@@ -222,9 +222,8 @@ def initial_model(args, task, names):
     return model, tokenizer, {**state["names"], **names}
 
 
-def finetune(args, state):
-    run = Run(args, state)
-    task = make_task(args.task, vars(args))
+def check_task_flags(args, task):
+    """InputError for a flag that the task does not have."""
     own = [flag for flag in ("pairs", "train_annotations", "val_annotations")
            if getattr(args, flag) and not hasattr(task, flag)]
     if own:
@@ -233,26 +232,26 @@ def finetune(args, state):
         raise InputError(f"--augment {args.augment}: --task {task.name} reads a sentence")
     if list(args.train_splits) != list(task.train_splits):
         raise InputError(f"--train-splits: --task {task.name} has train alone")
-    index = {"train": task.index(args.data, "+".join(task.train_splits), args.index, print0),
-             "val": task.index(args.data, "val", args.index, print0)}
-    check_classes(index["val"]["names"], index["train"]["names"], "the training file")
-    val = index["val"]["examples"]
-    val = val[:args.val_examples] if args.val_examples else val
+
+
+def first_or_resumed_model(args, state, task, index):
+    """(model, tokenizer, names): of the run that goes on, or `initial_model`'s with the answers of
+    the training set.
+    """
     names = dict(index["train"]["names"])
     if state is not None:
+        check_classes(names, state["names"], args.resume)
         model = build_model(state, args.resume)
-        tokenizer = Tokenizer(state["vocabulary"], model.config.max_tokens)
-        names = state["names"]
-        check_classes(index["train"]["names"], names, args.resume)
-    else:
-        names["answers"] = []
-        if task.new_head:
-            names["answers"] = task.choose_labels(index["train"]["targets"],
-                                                  index["val"]["targets"], print0)
-        model, tokenizer, names = initial_model(args, task, names)
-    task.labels, task.names = names["answers"], names
-    model.to(run.device)
+        return model, Tokenizer(state["vocabulary"], model.config.max_tokens), state["names"]
+    names["answers"] = []
+    if task.new_head:
+        names["answers"] = task.choose_labels(index["train"]["targets"], index["val"]["targets"],
+                                              print0)
+    return initial_model(args, task, names)
 
+
+def parameter_groups(args, model, task):
+    """[(parameters, learning rate)] of the parts that the task trains; the others are frozen."""
     groups = {"rest": [], "head": [], "backbone": []}
     for name, parameter in model.named_parameters():
         is_backbone = name.startswith("backbone.resnet")
@@ -267,73 +266,92 @@ def finetune(args, state):
         else:
             groups["rest"].append(parameter)
     rates = {"rest": args.lr, "head": args.lr * args.lr_head, "backbone": args.lr_backbone}
+    return [(groups[key], rates[key]) for key in groups]
 
-    dataset = TaskSet(task, index["train"]["examples"], tokenizer, short_sides=args.short_sides,
-                      long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
-                      most=args.train_examples, seed=args.seed)
+
+def validate(run, task, val):
+    """Score the validation examples, and the first ones blind; log, draw, keep the best."""
+    if "val" in task.train_splits:
+        run.save("best.pt", scores={}, optimizer=None)
+        return
+    scores = {}
+    for kind, examples in (("val", val), ("blind", val[:task.blind_examples])):
+        answers = predict(task, run.model, run.tokenizer, examples, blind=kind == "blind",
+                          **run.evaluation)
+        if run.rank == 0:
+            scores[kind] = task.score(answers, examples, run.args.data, "val")
+    if run.rank > 0:
+        return
+    run.log({"step": run.step, "epoch": run.step / run.per_epoch,
+             **{f"{kind}_{k}": v for kind in scores for k, v in scores[kind].items()},
+             "blind_examples": min(len(val), task.blind_examples)})
+    draw_curves([run.args.output], os.path.join(run.args.output, "curves.png"))
+    print0(f"step {run.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores["val"].items()))
+    metric = sum(scores["val"][key] for key in task.selection_metric)
+    if metric > run.kept["best"]:
+        run.kept["best"] = metric
+        run.save("best.pt", scores=scores["val"], optimizer=None)
+
+
+def log_majority(run, task, targets, val):
+    """What needs no model at all, to compare with: always the most frequent answer."""
+    majority = max(targets.items(), key=lambda pair: pair[1])[0]
+    scores = task.score([majority] * len(val), val, run.args.data, "val")
+    print0(f"always {majority!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    run.log({"step": 0, "epoch": 0, **{f"majority_{k}": v for k, v in scores.items()}})
+
+
+def finetune(args, state):
+    run = Run(args, state)
+    task = make_task(args.task, vars(args))
+    check_task_flags(args, task)
+    index = {"train": task.index(args.data, "+".join(task.train_splits), args.index, print0),
+             "val": task.index(args.data, "val", args.index, print0)}
+    check_classes(index["val"]["names"], index["train"]["names"], "the training file")
+    train_examples, val = index["train"]["examples"], index["val"]["examples"]
+    val = val[:args.val_examples] if args.val_examples else val
+
+    model, tokenizer, names = first_or_resumed_model(args, state, task, index)
+    task.labels, task.names = names["answers"], names
+    model.to(run.device)
+    queries = model.config.queries
     mean_objects = 0.0
     if run.rank == 0:
-        mean_objects = describe("train", index["train"]["examples"], names, model.config.queries,
-                                tokenizer, print0)
-        describe("val", val, {**names, **index["val"]["names"]}, model.config.queries, tokenizer,
-                 print0)
-    task.set_balance(gather(mean_objects)[0], model.config.queries)
+        mean_objects = describe("train", train_examples, names, queries, tokenizer, print0)
+        describe("val", val, {**names, **index["val"]["names"]}, queries, tokenizer, print0)
+    task.set_balance(gather(mean_objects)[0], queries)
+
+    dataset = TaskSet(task, train_examples, tokenizer, short_sides=args.short_sides,
+                      long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
+                      most=args.train_examples, seed=args.seed)
     print0(f"{task.name}: an epoch is {len(dataset.order)} "
            f"{'pairs' if task.by_sentence else 'examples'} in {len(dataset)} items, "
            f"{len(dataset) / args.batch_size:.1f} steps; {len(val)} examples to validate"
            + (f", {len(task.labels)} answers" if task.labels else ""))
-    trained_on_all = "val" in task.train_splits
-    if trained_on_all:
-        print0("val is trained on, so nothing is validated: best.pt is the last checkpoint")
-    optimizer = run.set_up(model, tokenizer, names, [(groups[key], rates[key]) for key in groups],
+    optimizer = run.set_up(model, tokenizer, names, parameter_groups(args, model, task),
                            len(dataset))
-    per_epoch = run.per_epoch
     run.kept["best"] = state["best"] if state is not None else -math.inf
     loader = run.loader(dataset, dataset.sizes, functools.partial(collate_task, pad=tokenizer.pad))
 
-    def validate():
-        if trained_on_all:
-            run.save("best.pt", scores={}, optimizer=None)
-            return
-        scores = {}
-        for kind, examples in (("val", val), ("blind", val[:task.blind_examples])):
-            answers = predict(task, model, tokenizer, examples, blind=kind == "blind",
-                              **run.evaluation)
-            if run.rank == 0:
-                scores[kind] = task.score(answers, examples, args.data, "val")
-        if run.rank > 0:
-            return
-        run.log({"step": run.step, "epoch": run.step / per_epoch,
-                 **{f"{kind}_{k}": v for kind in scores for k, v in scores[kind].items()},
-                 "blind_examples": min(len(val), task.blind_examples)})
-        draw_curves([args.output], os.path.join(args.output, "curves.png"))
-        print0(f"step {run.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores["val"].items()))
-        metric = sum(scores["val"][key] for key in task.selection_metric)
-        if metric > run.kept["best"]:
-            run.kept["best"] = metric
-            run.save("best.pt", scores=scores["val"], optimizer=None)
-
-    # What needs no model at all, to compare with
-    if task.labels and state is None and not trained_on_all:
-        majority = max(index["train"]["targets"].items(), key=lambda pair: pair[1])[0]
-        scores = task.score([majority] * len(val), val, args.data, "val")
-        print0(f"always {majority!r}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        run.log({"step": 0, "epoch": 0, **{f"majority_{k}": v for k, v in scores.items()}})
-
+    if "val" in task.train_splits:
+        print0("val is trained on, so nothing is validated: best.pt is the last checkpoint")
+    elif task.labels and state is None:
+        log_majority(run, task, index["train"]["targets"], val)
     # What validation and scores need is tried on two examples now, not after hours
     answers = predict(task, model, tokenizer, val[:2], **run.evaluation)
     if run.rank == 0:
         task.score(answers, val[:2], args.data, "val")
 
     def decay(step, progress):
-        return 0.1 ** sum(step / per_epoch >= epoch for epoch in args.decay)
+        return 0.1 ** sum(step / run.per_epoch >= epoch for epoch in args.decay)
 
     def validation_due(step):
-        return step / per_epoch // args.val_every > (step - 1) / per_epoch // args.val_every
+        return step / run.per_epoch // args.val_every > (step - 1) / run.per_epoch // args.val_every
 
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
     weights = {**LOSS_WEIGHTS, **dict.fromkeys(task.logged, 0.0)}
-    code = train(run, objective, loader, optimizer, weights, decay, validate, validation_due)
+    code = train(run, objective, loader, optimizer, weights, decay,
+                 functools.partial(validate, run, task, val), validation_due)
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: "

@@ -132,7 +132,7 @@ MISTAKES = {
         ("worst-is-best", "best.pt is the first checkpoint, not the best",
          'if metric > run.kept["best"]:', 'if run.kept["best"] == -math.inf:'),
         ("decay-an-epoch-late", "the rate stays high for the epoch after its decay",
-         "step / per_epoch >= epoch", "step / per_epoch > epoch"),
+         "step / run.per_epoch >= epoch", "step / run.per_epoch > epoch"),
         ("everything-trains", "parts of the model that the task does not use change",
          "if not name.startswith(tuple(task.modules)) or is_backbone and not args.lr_backbone:",
          "if is_backbone and not args.lr_backbone:"),
