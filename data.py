@@ -1039,7 +1039,7 @@ def init_processes(device, timeout=30.0):
         return 0, 1, device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                             timeout=timedelta(minutes=timeout))
     return dist.get_rank(), world, device
 
@@ -1053,11 +1053,12 @@ def gather(value):
     return values
 
 
-def all_sum(values, device):
-    """A list of numbers, summed over all processes."""
+def all_sum(values):
+    """A list of numbers, summed over all processes; on the host, so that no device is waited for.
+    """
     if not dist.is_initialized():
         return [float(value) for value in values]
-    values = torch.tensor(values, dtype=torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(values)
     return values.tolist()
 

@@ -572,7 +572,7 @@ class Predictor:
         """[(answer, probability)], the five likeliest; each has its own sigmoid."""
         self.require("answer")
         logits = self.model.classify(*self.encode(image, sentence=question))
-        best = logits[0].sigmoid().topk(min(5, logits.shape[1]))
+        best = logits[0].float().sigmoid().topk(min(5, logits.shape[1]))
         return [(self.names["answers"][a], round(p, 4))
                 for p, a in zip(best.values.tolist(), best.indices.tolist())]
 
@@ -754,6 +754,7 @@ def parse(argv):
     parser.add_argument("--beam", type=number(int, 1, 1000), default=4, help="captions: beams")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:N or mps")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     g = parser.add_argument_group("measures on a data set")
     g.add_argument("--task", choices=tuple(TASKS), help="the official scores of a task (default: "
                    "the one that the checkpoint is fine-tuned for)")
@@ -771,7 +772,6 @@ def parse(argv):
     g.add_argument("--batch-size", type=number(int, 1), default=32, help="images at a time")
     g.add_argument("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1),
                    help="loader processes")
-    g.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
     g = parser.add_argument_group("images of your own")
     g.add_argument("--question", help="a VQA checkpoint: the five likeliest answers")
     g.add_argument("--statement", help="an NLVR2 checkpoint: is it true of two images?")
@@ -944,7 +944,9 @@ def main(argv=None):
         if args.curves:
             return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
         if args.image:
-            found, code = run_images(args)
+            device_type = args.device.partition(":")[0]
+            with torch.autocast(device_type, torch.bfloat16, enabled=args.amp == "bf16"):
+                found, code = run_images(args)
         elif not args.score:
             found = run_data(args)
         else:

@@ -16,8 +16,7 @@ Departures from the paper, each with its reason in the README's table of choices
   - 256 units do not divide into 12 heads: a head is 32 wide, attention projects 256 -> 384 -> 256;
   - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes
     of Table 5's models of 12 layers);
-  - the caption is decoded from a second pass of the encoder over the image alone, so that it cannot
-    see itself.
+  - the caption is decoded from an encoding of the image alone, so that it cannot see itself.
 
 Masks: everywhere in this project True means "there is something here" (a real word, a real cell,
 may be attended to) and False means padding. F.scaled_dot_product_attention expects a boolean mask
@@ -387,8 +386,9 @@ class DecoderLayer(nn.Module):
         return self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
 
     def forward(self, x, query_positions, memory, causal=False, cache=None):
-        """x (B, T, D); query_positions (T, D) or 0; memory: a Memory; cache: this layer's dict in
-        generation, with "memory" and, after the first word, "words". Returns (B, T, D).
+        """x (B * K, T, D), K rows for each image of the Memory; query_positions (T, D) or 0; cache:
+        this layer's dict in generation, with "memory" and, after the first word, "words". Returns
+        (B * K, T, D).
         """
         # Each side has positions of its own, again for queries and keys only: query_positions
         # (learned for object queries, 0 for words, whose embedding has them), and the grid's.
@@ -405,7 +405,9 @@ class DecoderLayer(nn.Module):
 
         # The encoding is the same from word to word, so generation computes its keys once
         keys_values = self.memory_keys_values(memory) if cache is None else cache["memory"]
-        attended = self.cross_attention(x + query_positions, keys_values, memory.mask)
+        # All that look at one image look at the same keys: K sentences are like one that is longer
+        looking = (x + query_positions).reshape(len(memory.states), -1, x.shape[-1])
+        attended = self.cross_attention(looking, keys_values, memory.mask).view_as(x)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
@@ -422,11 +424,6 @@ class Memory:
         """The images of these indices (N,), in this order, repetitions allowed: (N, S, D)."""
         mask = None if self.mask is None else self.mask[indices]
         return Memory(self.states[indices], self.positions[indices], mask)
-
-    def repeat(self, n):
-        """Each image n times in a row: (B * n, S, D)."""
-        indices = torch.arange(len(self.states), device=self.states.device)
-        return self if n == 1 else self.select(indices.repeat_interleave(n))
 
 
 def classifier_head(width, hidden, outputs):
@@ -582,8 +579,9 @@ class E2EVLP(nn.Module):
         return {"logits": logits, "boxes": boxes, "attributes": self.attribute(x)}
 
     def decode_caption(self, memory, tokens, caches=None, start=0):
-        """Caption logits (B, T, V) for the word after each of tokens (B, T), which begin with [CLS]
-        (Eq. 2). caches, start: of generation, a dict a layer and the first token's position.
+        """Caption logits (B * K, T, V) for the word after each of tokens (B * K, T), which begin
+        with [CLS] (Eq. 2): K captions of an image are rows one after another. caches, start: of
+        generation, a dict a layer and the first token's position.
 
         memory must encode the image alone: had the encoder seen the sentence, the decoder could
         copy it. The caption's own later words are hidden by the causal mask.
@@ -607,27 +605,28 @@ class E2EVLP(nn.Module):
         B, K, T = batch["tokens"].shape
         grid = self.encode_image(batch["images"], batch["sizes"], batch["padded"])
 
-        # Pass 1: the image with each of its K sentences, for MLM and ITM
-        joint = self.encode(grid.repeat(K), batch["tokens"].flatten(0, 1))       # B * K sequences
+        # One pass of the encoder over each image with each of its K sentences, then over each
+        # alone, that is with a sentence of which each word is padding.
+        tokens = batch["tokens"].flatten(0, 1)                                   # (B * K, T)
+        tokens = F.pad(tokens, (0, 0, 0, B), value=self.config.pad)              # (B * K + B, T)
+        image = torch.arange(B, device=tokens.device)
+        encoded = self.encode(grid.select(torch.cat([image.repeat_interleave(K), image])), tokens)
+
+        # The sentence with its image: MLM and ITM
         position = batch["mlm_positions"]                                        # in (B * K * T)
-        mlm = self.mlm_logits(joint.states[position // T, position % T])         # (M, V)
-        itm = self.itm(joint.states[:, 0])                                       # from [CLS]
+        mlm = self.mlm_logits(encoded.states[position // T, position % T])       # (M, V)
+        itm = self.itm(encoded.states[:B * K, 0])                                # from [CLS]
 
-        # Pass 2: the image alone, for the caption. The word at place t is predicted from those
-        # before it: the input lacks the last word, the target the first.
-        alone = self.encode(grid)
+        # The caption from the image alone. The word at place t is predicted from those before it:
+        # the input lacks the last word, the target the first.
+        alone = Memory(encoded.states[B * K:, T:], grid.positions, grid.mask)    # (B, S, D)
         captions = batch["captions"].flatten(0, 1)
-        caption = self.decode_caption(alone.repeat(K), captions[:, :-1])
+        caption = self.decode_caption(alone, captions[:, :-1])
 
-        # Detection decodes pass 1 (with the first of the K sentences), and pass 2 where that
-        # sentence is another image's, and for some other images, so that it also works without one.
-        # The words' places are then there but masked.
-        skip = batch["no_sentence"][:, None]                                     # (B, 1) bool
-        first = joint.select(torch.arange(0, B * K, K, device=skip.device))      # (B, T + S, D)
-        cells = torch.where(skip[..., None], alone.states, first.states[:, T:])
-        states = torch.cat([first.states[:, :T], cells], dim=1)
-        mask = torch.cat([first.mask[:, :T] & ~skip, first.mask[:, T:]], dim=1)
-        objects = self.detect(Memory(states, first.positions, mask))
+        # The objects from the image with the first of its K sentences; from the image alone where
+        # that sentence is another image's, and for some others, so that it also works without one.
+        row = torch.where(batch["no_sentence"], B * K + image, K * image)
+        objects = self.detect(encoded.select(row))
 
         outputs = {"mlm": mlm, "itm": itm, "objects": objects, "caption": caption}
         if "object_cells" in batch:  # beyond the paper, see pretrain.grid_word_loss
@@ -681,11 +680,8 @@ class E2EVLP(nn.Module):
         scores[:, 0] = 0
         never = torch.tensor(sorted({c.pad, c.cls, c.mask}), device=device)      # in no caption
         caches = None
-        if cache:  # the cells' keys and values are computed once an image, not once a beam
-            caches = [{"memory": tuple(t.repeat_interleave(beam, dim=0)
-                                       for t in layer.memory_keys_values(memory))}
-                      for layer in self.decoder]
-        memory = memory.repeat(beam)
+        if cache:
+            caches = [{"memory": layer.memory_keys_values(memory)} for layer in self.decoder]
         finished = [[] for _ in range(B)]                                        # (score, pieces)
         done = [False] * B
 

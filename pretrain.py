@@ -26,6 +26,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -469,6 +470,8 @@ class Run:
         """
         if self.world == 1:
             return objective
+        # 1 x 1 kernels have gradients of other strides that mean the same order in memory
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         parallel.broadcast_buffers = False
         return parallel
@@ -499,15 +502,18 @@ class Run:
             print(f"{message}; replaced by the next image", file=sys.stderr, flush=True)
         clock = time.time() - self.started if self.rank == 0 else 0.0
         stop = bool(problem or signals.number)
-        self.seconds, broken, stopping = all_sum([clock, len(broken), stop], self.device)
+        counts = [objective.normalizers(batch) for batch in micro_batches]
+        counts = [sum(column) for column in zip(*counts)]
+        room = [0.0] * (8 - len(counts))  # a process that has a problem has no counts
+        self.seconds, broken, stopping, *normalizers = all_sum(
+            [clock, len(broken), stop, *counts, *room])
         self.broken += int(broken)
         if stopping:
             problems, numbers = zip(*gather((problem, signals.number)))
             if any(problems):
                 raise InputError(max(problems))
             return [], [], max(numbers)
-        counts = [objective.normalizers(batch) for batch in micro_batches]
-        return micro_batches, all_sum([sum(column) for column in zip(*counts)], self.device), 0
+        return micro_batches, normalizers[:len(counts)], 0
 
     def log(self, line):
         """Add a dict to log.jsonl."""
@@ -520,7 +526,7 @@ class Run:
         args, step = self.args, self.step
         if step % args.log_every and step != 1 and self.progress < 1:
             return
-        values = all_sum([float(value) for value in sums.values()], self.device)
+        values = all_sum([float(value) for value in sums.values()])
         losses = dict(zip(sums, values))
         total = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         speed = (step - self.logged_step) * args.batch_size / (time.time() - self.logged)
@@ -584,12 +590,13 @@ FREE_FLAGS = ("dropout", "train_stem")
 FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbone_weights")
 # The miniature world on two cores in 19 minutes: smaller, with a recipe that is faster at first
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
-                  feed_forward=256, encoder_layers=3, decoder_layers=4, queries=10,
+                  feed_forward=256, encoder_layers=3, decoder_layers=5, queries=9,
                   temperature=20.0, dropout=0.0)
 MINI_LOADING = dict(data="data/mini", short_sides=[64], long_side=96, workers=1)
-MINI = dict(**MINI_MODEL, **MINI_LOADING, sentences_per_picture=4, minutes=18.5, epochs=40, lr=1e-3,
-            lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, mask_named=0.5,
-            loss_weights=[("loss_mlm", 8.0), ("loss_itm", 8.0), ("loss_caption", 4.0),
+MINI = dict(**MINI_MODEL, **MINI_LOADING, batch_size=24, sentences_per_picture=4, minutes=18.5,
+            epochs=40, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=5.0,
+            mask_named=0.5,
+            loss_weights=[("loss_mlm", 16.0), ("loss_itm", 16.0), ("loss_caption", 8.0),
                           ("loss_class", 2.0), ("loss_attribute", 2.0)],
             grid_word_loss=8.0, val_pictures=200, val_every=500, output="runs/mini",
             checkpoint_minutes=5.0)
@@ -859,7 +866,8 @@ def pretrain(args, state):
         # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
         torch._dynamo.config.optimize_ddp = False
         torch._dynamo.config.recompile_limit = 64  # torch 2.11: even and odd sides apart
-        model.compile()
+        # One graph, with sizes that may vary; recomputing sets the masks anew, which parts it
+        model.compile(fullgraph=not args.activation_checkpointing)
     loader = run.loader(pretraining_set(args, data, tokenizer), data["train"].sizes,
                         functools.partial(collate, pad=tokenizer.pad, stride=args.stride))
     weights = loss_weights(args.loss_weights, args.without, args.grid_word_loss)

@@ -767,7 +767,7 @@ def four_losses(args):
     detection alone. At most 1.35 times its time is promised.
 
     Both read the image with its sentence and share backbone and decoding of objects. All losses
-    need a second pass of the encoder over the image alone, the decoder over the caption, and two
+    need the encoder over the image alone too, the decoder over the caption, and two
     layers as wide as the vocabulary.
     """
     model = ours(args).train()
@@ -850,7 +850,7 @@ def retrieval_row(args, backbone, n=8):
         return model.encode_image(images, sizes, padded=False)
 
     def pairs():
-        return model.similarity(grid.repeat(n), tokens)
+        return model.similarity(grid.select([0] * n), tokens)
 
     def from_pixels():
         grids = model.encode_image(images.repeat(n, 1, 1, 1), sizes.repeat(n, 1), padded=False)

@@ -76,7 +76,7 @@ MISTAKES = {
         ("causal-mask-lost", "a caption's words see the words that they are to predict",
          "is_causal=causal", "is_causal=False"),
         ("no-sentence-polarity", "images without a sentence see it and the others do not",
-         "first.mask[:, :T] & ~skip", "first.mask[:, :T] & skip"),
+         "B * K + image, K * image)", "K * image, B * K + image)"),
         ("beam-cache-kept", "a beam that goes on from another's past keeps its own keys",
          'tuple(t[rows] for t in layer["words"])', 'tuple(layer["words"])'),
         ("checksum-ignored", "a flipped bit gives other weights without a word",

@@ -563,6 +563,20 @@ def test_questions_statements_and_attention(run, images, tmp_path):
     assert len(os.listdir(tmp_path / "more")) == 3
 
 
+@pytest.mark.parametrize("task, flags", [
+    ("", ["--sentence", "a red circle", "--threshold", 0]), ("vqa", ["--question", "what is it?"])])
+def test_bf16_answers_nearly_the_same(run, images, tmp_path, task, flags):
+    found = []
+    for precision in ("none", "bf16"):
+        code, _, _ = run(task, "--image", images[0], *flags, "--amp", precision,
+                         "--json", tmp_path / precision)
+        assert code == 0
+        (answer,) = json.loads((tmp_path / precision).read_text())
+        found.append([answer["match"], *sorted(thing["score"] for thing in answer["objects"])]
+                     if task == "" else sorted(chance for _, chance in answer["answers"]))
+    assert found[1] != found[0] and found[1] == pytest.approx(found[0], abs=0.03)
+
+
 def test_an_image_in_which_nothing_is_found_is_no_error(run, images, tmp_path):
     code, _, wrong = run("detection", "--image", images[0], "--threshold", 1, "--attention",
                          "--output", tmp_path)

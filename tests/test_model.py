@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import os
+import random
 import signal
 
 import pytest
@@ -293,9 +294,11 @@ def all_outputs(model, batch):
     """Everything the model says of a batch, the image as the first dimension."""
     B, K, T = batch["tokens"].shape
     grid = image_memory(model, batch)
-    joint, alone = model.encode(grid.repeat(K), batch["tokens"].flatten(0, 1)), model.encode(grid)
+    images = torch.arange(B).repeat_interleave(K)
+    joint = model.encode(grid.select(images), batch["tokens"].flatten(0, 1))
+    alone = model.encode(grid)
     is_word = batch["tokens"][..., None] != 0  # nobody looks at the states of padding
-    caption = model.decode_caption(alone.repeat(K), batch["captions"].flatten(0, 1))
+    caption = model.decode_caption(alone, batch["captions"].flatten(0, 1))
     out = {"words": joint.states[:, :T].unflatten(0, (B, K)) * is_word,
            "itm": model.itm(joint.states[:, 0]).unflatten(0, (B, K)),
            "caption": caption.unflatten(0, (B, K))}
@@ -429,23 +432,25 @@ def test_a_batch_with_nothing_in_it_has_finite_losses_and_gradients():
     assert {name for name, value in losses.items() if value > 0} == {"loss_itm", "loss_class"}
 
 
-def test_compilation_traces_few_graphs_and_computes_the_same():
-    """Of a long training's images hardly two batches have the same size."""
-    graphs, counts = [], []
+def test_compilation_traces_whole_graphs_and_few_of_them():
+    """Of a long training's images hardly two batches have the same size; padded or not are two."""
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    model = small_model(encoder_layers=1, decoder_layers=1)
-    traced = torch.compile(model, backend=backend)
-    for n in range(5):
-        batch = small_batch([(40 + 13 * n, 90 - 7 * n), (50 + 9 * n, 41 + 5 * n)], T=6 + n)
+    model = small_model(encoder_layers=1, decoder_layers=1, frozen_batch_norm=True)
+    traced = torch.compile(model, backend=backend, fullgraph=True)
+    rng = random.Random(0)
+    for n in range(20):
+        sizes = [(rng.randrange(64, 160), rng.randrange(64, 160)) for _ in range(2)]
+        if n % 5 == 0:
+            sizes[1] = sizes[0]
+        batch = small_batch(sizes, T=rng.randrange(5, 12), seed=n)
         close(traced(batch)["itm"], model(batch)["itm"])
-        counts.append(len(graphs))
-    # Some versions of torch compile a part once more where sides are even instead of odd
-    assert counts[0] <= 6 and counts[-1] <= counts[2] + 3, counts
+    assert len(graphs) <= 6
 
 
 # --------------------------------------------------------------------------------------------------

@@ -338,6 +338,7 @@ def test_micro_batches_take_the_same_step(step_flags, one_step, tmp_path):
 def test_two_processes_take_the_same_step_and_measure_the_same(step_flags, one_step, tmp_path):
     for done in run_ranks(*step_flags, "--output", tmp_path):
         ok(done)
+        assert done.stderr == ""
     (measured,), (expected,) = same_step(tmp_path, one_step)
     assert measured == pytest.approx(expected, abs=1e-6)
 
@@ -363,8 +364,8 @@ def test_a_compiled_model_takes_the_same_step(step_flags, one_step, tmp_path, mo
         monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     real = nn.Module.compile
     traced = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: traced.append(
-        real(module, backend="eager")))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, fullgraph: traced.append(
+        real(module, backend="eager", fullgraph=fullgraph)))
     assert pretrain.main([*step_flags[1:], "--output", str(tmp_path), "--compile"]) == 0
     torch.compiler.reset()
     assert len(traced) == 1
