@@ -35,6 +35,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -791,6 +792,35 @@ def four_losses(args):
     yield row("four-losses", *medians(args, *functions), "s", 0.74)
 
 
+class Operators(TorchDispatchMode):
+    """Counts the calls of operators that are not views: on a GPU each is work of its own."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or "detach" in str(function)
+                           or "_unsafe_view" in str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operators(args):
+    """Operator calls that are not views in a training step of pre-training, r152, 12 + 6 layers,
+    batch 4, bf16, against a bound. Dropout is 0: on a CPU attention with dropout is ten calls.
+    """
+    model = ours(args, backbone="r152").train()
+    batch = pretraining_batch(args, 4, 96, 160)  # the number is the same at any size
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(2):  # AdamW's state comes into being in the first
+        with Operators() as calls:
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+                loss = all_losses(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    yield row("operators", calls.count, 3500, "calls", 1)
+
+
 def matcher(args):
     """Matching and set loss, forward and backward, batch 16, 6 layers, 20 to 60 boxes an image,
     against transformers' DETR loss; equal to 1e-4.
@@ -906,39 +936,98 @@ def growth(args):
 # --------------------------------------------------------------------------------------------------
 # On a GPU
 
+# Dense bf16 FLOP/s of the card, from its data sheet
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def gpu_measure(args, make_step, rounds=9):
+    """(seconds of a step, megabytes of its peak), after three steps."""
+    torch.compiler.reset()
+    gc.collect()  # of the step before
+    if args.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = peak(args.device)
+    step = make_step()
+    for _ in range(1 if args.quick else 3):
+        assert torch.isfinite(step())
+    (seconds,) = medians(args, step, rounds=rounds)
+    return seconds, max(1.0, peak(args.device) - before)
+
+
+def pretraining_step(args, backbone, batch, precision, compiled=False):
+    """A function that does one step of pre-training at 800 x 1333 and returns its loss."""
+    device = torch.device(args.device).type
+    model = ours(args, backbone=backbone, dropout=0.1).train()
+    inputs = pretraining_batch(args, batch)
+    objective, weights = Pretraining(model), loss_weights()
+    normalizers = objective.normalizers(inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, fused=True)
+    if compiled:
+        model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
+
+    def step():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = \
+            precision == "tf32"
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            losses = objective(inputs, normalizers)
+            value = sum(weights[name] * loss for name, loss in losses.items())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
 def gpu(args):
-    """The step of detr-step with dropout 0.1: its time, its peak of memory, and its rate. The peer
-    is transformers' DETR with the same ResNet at the same precision, not compiled.
+    """A training step of detection, r50 and dropout 0.1, against transformers' DETR at the same
+    precision, not compiled; then a step of pre-training, 12 + 6 layers at 800 x 1333 (the peer is
+    the card's bf16 peak), questions, retrieval.
     """
     cuda = args.device.startswith("cuda")
     card = torch.cuda.get_device_name() if cuda else "a CPU in the place of a GPU"
+    card_peak = next((value for name, value in PEAKS.items() if name in card), 1e12)
+    bf16 = "bf16" if cuda else "fp32"  # bf16 is slow on a CPU
 
-    def measure(side, backbone, precision, compiled=False):
-        """(seconds of a step, megabytes of its peak, TFLOP/s), after three steps."""
-        torch.compiler.reset()
-        gc.collect()  # of the step before
+    def detection(side, compiled=False):
+        return gpu_measure(args, lambda: detection_step(args, side, 0.1, "r50", bf16, compiled))
+
+    peer = detection("peer")
+    for compiled in (False, True):
+        seconds, megabytes = detection("ours", compiled)
+        name = f"r50-{bf16}{'-compile' if compiled else ''}"
+        yield row(f"gpu/detection-time/{name}", seconds, peer[0], "s", 1.5, card)
+        yield row(f"gpu/detection-memory/{name}", megabytes, peer[1], "MB", 1.25, card)
+
+    flops = {}  # of one image
+
+    def pretraining(backbone, batch, precision, compiled=False):
+        if backbone not in flops:
+            flops[backbone] = flops_of(pretraining_step(args, backbone, 1, "fp32"))
+        seconds, megabytes = gpu_measure(
+            args, lambda: pretraining_step(args, backbone, batch, precision, compiled), rounds=5)
+        rate = batch * flops[backbone] / seconds
+        name = f"{backbone}-{precision}{'-compile' if compiled else ''}/batch-{batch}"
+        return row(f"gpu/pretraining/{name}", rate / 1e12, card_peak / 1e12, "TFLOP/s", 0.35,
+                   f"{batch / seconds:.1f} images/s, {megabytes:.0f} MB, {card}",
+                   more_is_better=True)
+
+    for batch in (4,) if args.quick else (4, 8, 16, 32, 64):
+        try:
+            yield pretraining("r152", batch, bf16)
+        except torch.OutOfMemoryError:
+            break
+    for backbone in () if args.quick else ("r152", "r50"):
+        for precision in ("fp32", "tf32", "bf16"):
+            if (backbone, precision) != ("r152", "bf16"):
+                yield pretraining(backbone, 4, precision)
+    yield question(args, "gpu/two-step", bottom_up_attention, 600, 1000, 2.0)
+    yield question(args, "gpu/pixel-bert", pixel_bert_model, 800, 1333, 1.6)
+    yield {**retrieval_row(args, "r152"), "name": "gpu/retrieval/r152"}
+    for backbone, batch in (("r50", 4), ("r152", 4), ("r152", 16)):
         if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        before = peak(args.device)
-        step = detection_step(args, side, 0.1, backbone, precision, compiled)
-        for _ in range(1 if args.quick else 3):
-            assert torch.isfinite(step())
-        (seconds,) = medians(args, step, rounds=9)
-        megabytes = max(1.0, peak(args.device) - before)
-        return seconds, megabytes, flops[side] / seconds / 1e12
-
-    for backbone in ("r50",) if args.quick else ("r50", "r152"):
-        flops = {side: flops_of(detection_step(args, side, 0.1, backbone))
-                 for side in ("ours", "peer")}
-        for precision in ("fp32",) if args.quick else ("fp32", "bf16"):  # bf16 is slow on a CPU
-            peer = measure("peer", backbone, precision)
-            for compiled in (False, True):
-                mine = measure("ours", backbone, precision, compiled)
-                name = f"{backbone}-{precision}{'-compile' if compiled else ''}"
-                yield row(f"gpu/time/{name}", mine[0], peer[0], "s", 1.5, card)
-                yield row(f"gpu/memory/{name}", mine[1], peer[1], "MB", 1.25, card)
-                yield row(f"gpu/rate/{name}", mine[2], peer[2], "TFLOP/s", 1, card, True)
+            yield pretraining(backbone, batch, bf16, compiled=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -948,8 +1037,8 @@ ROWS = {
     "loader/pictures-per-second": loader_speed, "loader/padding": loader_padding,
     "loader/index": loader_index, "start": start, "two-step": two_step, "pixel-bert": pixel_bert,
     "table-6": table_6, "detr-forward": detr_forward, "detr-step": detr_step,
-    "detr-memory": detr_memory, "four-losses": four_losses, "matcher": matcher, "caption": caption,
-    "retrieval": retrieval, "growth": growth, "gpu": gpu}
+    "detr-memory": detr_memory, "four-losses": four_losses, "operators": operators,
+    "matcher": matcher, "caption": caption, "retrieval": retrieval, "growth": growth, "gpu": gpu}
 
 
 def rows_of(name, args):

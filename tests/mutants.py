@@ -26,6 +26,7 @@ LIMIT = 900  # seconds for one mistake's tests, then they count as not ending
 # The tests that are to catch a mistake in a file: words for pytest
 TESTS = {f"{name}.py": f"tests/test_{name}.py" for name in (
     "matcher", "data", "model", "tasks", "evaluate", "pretrain", "finetune", "shapes")}
+TESTS["pretrain.py"] += " tests/test_data.py"  # its training items
 
 # Of each file (name, what goes wrong, text that stands in the file exactly once, its replacement)
 MISTAKES = {

@@ -8,14 +8,15 @@ import pytest
 
 def test_rows_work_at_a_very_small_size(tmp_path, capsys):
     """Some of each kind, the GPU's on the CPU. Those left out differ from these in their models."""
-    wanted = "loader/padding,loader/index,two-step,detr-step,detr-memory,four-losses,caption,gpu"
+    wanted = "loader/padding,loader/index,two-step,detr-step,detr-memory,four-losses," \
+        "operators,caption,gpu"
     bench.main(["--quick", "--only", wanted, "--json", f"{tmp_path}/rows.json"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     lines = capsys.readouterr().out.splitlines()
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names) == len(lines) - 1
     assert {"loader/memory", "loader/open", "two-step", "detr-step/dropout", "caption",
-            "detr-memory/checkpointing", "gpu/time/r50-fp32-compile"} <= set(names)
+            "detr-memory/checkpointing", "gpu/detection-time/r50-fp32-compile"} <= set(names)
     for row, line in zip(rows, lines[1:]):
         assert list(row) == ["name", "ours", "peer", "unit", "ratio", "target", "holds", "note",
                              "what"]
