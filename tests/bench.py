@@ -168,10 +168,12 @@ def loader_speed(args):
             batches = iter(Batches(list(files.values()), 4))
             loaders = {
                 "ours": DataLoader(PretrainingSet(examples, tokenizer, 1), num_workers=workers,
+                                   multiprocessing_context="fork",
                                    batch_sampler=[next(batches) for _ in range(len(files) // 4)],
                                    collate_fn=lambda items: collate(items, pad=0, stride=32)),
                 "peer": DataLoader(DetrImages(files), batch_size=4, shuffle=True,
-                                   num_workers=workers, collate_fn=DetrImages.collate)}
+                                   num_workers=workers, multiprocessing_context="fork",
+                                   collate_fn=DetrImages.collate)}
             for name, loader in loaders.items():
                 iterator = iter(loader)
                 next(iterator)  # starting the workers is not what is measured
