@@ -274,11 +274,11 @@ def loader_index(args):
 
 
 def write_coco(folder, counts):
-    """COCO 2017's annotations at their size, and links to a small JPEG in place of the images.
+    """COCO 2017's annotations at their size, and links to one JPEG in place of the images.
 
     A polygon has 25 corners, COCO's mean, which makes the file about as large as the true one.
     """
-    Image.new("RGB", (96, 72)).save(f"{folder}/image.jpg")
+    Image.new("RGB", (640, 427)).save(f"{folder}/image.jpg")
     with open(f"{folder}/vocab.txt", "w") as file:
         file.write("\n".join([*SPECIAL, "a", "the", "thing"]))
     os.makedirs(f"{folder}/coco/annotations")
