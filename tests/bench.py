@@ -565,6 +565,30 @@ def pixel_bert(args):
 
 
 @torch.inference_mode()
+def question_bf16(args):
+    """A question at 800 x 1333 with `--amp bf16`, against float32; where the CPU computes in bf16
+    (AMX or AVX512-BF16).
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if not (args.quick or capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")):
+        print("question-bf16: left out, this CPU does not compute in bf16", flush=True)
+        return
+    look, read = our_vqa(args)
+    images, _ = pixels(args, 800, 1333)
+    tokens = sentences(args, 1)
+
+    def float32():
+        return read(look(images), tokens)
+
+    def bf16():
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            return read(look(images), tokens).float()
+
+    torch.testing.assert_close(bf16().sigmoid(), float32().sigmoid(), rtol=0, atol=0.05)
+    yield row("question-bf16", *medians(args, bf16, float32), "s", 2)
+
+
+@torch.inference_mode()
 def table_6(args):
     """Table 6 of the paper: a question at smaller images, against the same at 800 x 1333."""
     look, read = our_vqa(args)
@@ -1038,9 +1062,10 @@ def gpu(args):
 ROWS = {
     "loader/pictures-per-second": loader_speed, "loader/padding": loader_padding,
     "loader/index": loader_index, "start": start, "two-step": two_step, "pixel-bert": pixel_bert,
-    "table-6": table_6, "detr-forward": detr_forward, "detr-step": detr_step,
-    "detr-memory": detr_memory, "four-losses": four_losses, "operators": operators,
-    "matcher": matcher, "caption": caption, "retrieval": retrieval, "growth": growth, "gpu": gpu}
+    "question-bf16": question_bf16, "table-6": table_6, "detr-forward": detr_forward,
+    "detr-step": detr_step, "detr-memory": detr_memory, "four-losses": four_losses,
+    "operators": operators, "matcher": matcher, "caption": caption, "retrieval": retrieval,
+    "growth": growth, "gpu": gpu}
 
 
 def rows_of(name, args):

@@ -9,7 +9,7 @@ import pytest
 def test_rows_work_at_a_very_small_size(tmp_path, capsys):
     """Some of each kind, the GPU's on the CPU. Those left out differ from these in their models."""
     wanted = "loader/padding,loader/index,two-step,detr-step,detr-memory,four-losses," \
-        "operators,caption,gpu"
+        "operators,caption,question-bf16,gpu"
     bench.main(["--quick", "--only", wanted, "--json", f"{tmp_path}/rows.json"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     lines = capsys.readouterr().out.splitlines()
