@@ -744,15 +744,22 @@ def pretraining_index(data, sets=("coco", "vg"), folder=None, say=print, pairs=N
                                say, sources=(pairs, pairs_images or ""))
 
 
+MOST_DESCRIBED = 10_000  # all of 180,000 with 6 M sentences would take minutes at each start
+
+
 def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
-    """Say what there is to train on or to measure on. kind: what to call it; names: of the classes,
-    {"coco", "vg": [...]}; queries: of the detector. Returns the mean number of objects in an image.
+    """Say what there is to train on or to measure on; of a large list every so many examples count.
+    kind: what to call it; names: of the classes, {"coco", "vg": [...]}; queries: of the detector.
+    Returns the mean number of objects in an image.
     """
+    every = math.ceil(len(examples) / MOST_DESCRIBED) or 1
+    if every > 1:
+        say(f"{kind}: {len(examples):,} examples; what follows is of one in {every}")
     files = set()
     boxes = {"coco": Counter(), "vg": Counter()}  # label -> how many
     in_image = []
     sentences = cut_off = 0
-    for example in examples:
+    for example in examples[::every]:
         files.update(example.files)
         for source, counts in boxes.items():
             objects = getattr(example, source)
@@ -775,7 +782,7 @@ def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
             say(f"  {len(names[source]):,} classes; boxes a class: from {fewest_boxes:,} "
                 f"({name_of(names, source, fewest)}) to {most_boxes:,} "
                 f"({name_of(names, source, most)})"
-                + (f"; none of {', '.join(without[:10])}" if without else ""))
+                + (f"; none of {', '.join(without[:10])}" if without and every == 1 else ""))
     if in_image:
         say(f"  boxes an image: {np.mean(in_image):.1f} in the mean, {max(in_image)} at most; "
             f"{in_image.count(0):,} images have none")
@@ -1163,7 +1170,7 @@ def main(argv=None):
             if path:
                 examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"), names,
                                                 complete=split == "val")
-                describe(split, examples.values(), {"coco": names})
+                describe(split, list(examples.values()), {"coco": names})
         if names:
             return
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]

@@ -906,6 +906,15 @@ def test_what_there_is_to_train_on_is_said(own, tmp_path):
         "  1 images have more objects than there are queries (3): 2 objects can never be found"]
 
 
+def test_of_a_large_set_a_share_is_described(own, monkeypatch):
+    monkeypatch.setattr(data_module, "MOST_DESCRIBED", 2)
+    examples, names, _ = own.read()
+    notes = []
+    mean = describe("train", examples, {"coco": names}, say=notes.append)
+    assert notes[0] == "train: 3 examples; what follows is of one in 2"
+    assert mean == np.mean([len(examples[i].coco.labels) for i in (0, 2)])
+
+
 def test_a_wrong_sentence_is_kept_from_detection(world):
     """Where the first sentence is another image's, detection has none."""
     data = pretraining_index(world, say=[].append)
