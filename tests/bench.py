@@ -316,9 +316,9 @@ def seconds_to_first_step(folder):
     flags = ("--task detection --init none --backbone r18 --backbone-weights none --stride 16 "
              "--width 64 --heads 2 --encoder-layers 1 --decoder-layers 1 --short-sides 64 "
              "--long-side 96 --batch-size 2 --workers 0 --device cpu").split()
-    output = tempfile.mkdtemp(dir=folder)
     started = time.perf_counter()
-    with subprocess.Popen(
+    # Beside the data, not in it: what changes in the data's folders makes the index anew
+    with tempfile.TemporaryDirectory() as output, subprocess.Popen(
             [sys.executable, f"{ROOT}/finetune.py", *flags, "--data", folder, "--output", output],
             stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
