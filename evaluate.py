@@ -903,6 +903,8 @@ def run_images(args):
     """(answers, exit code). An image that cannot be read is named and left out: code 2."""
     _, _, device = init_processes(args.device)
     predictor = Predictor(args.checkpoint, device, args.beam)
+    precision = torch.autocast(torch.device(device).type, torch.bfloat16,
+                               enabled=args.amp == "bf16")
     files = []
     for path in args.image:
         inside = sorted(glob.glob(f"{glob.escape(path)}/*"))  # if it is a folder
@@ -910,8 +912,9 @@ def run_images(args):
     if args.statement:
         if len(files) != 2:
             raise InputError("--statement: needs two images, left and right")
-        answer = {"images": files, "statement": args.statement,
-                  "probability": predictor.judge(*files, args.statement)}
+        with precision:
+            probability = predictor.judge(*files, args.statement)
+        answer = {"images": files, "statement": args.statement, "probability": probability}
         pprint.pprint(answer, sort_dicts=False, width=140)
         return [answer], 0
 
@@ -923,7 +926,8 @@ def run_images(args):
             print(f"evaluate.py: {error}", file=sys.stderr)
             code = 2
             continue
-        answer = ask(predictor, image, args)
+        with precision:
+            answer = ask(predictor, image, args)
         answers.append({"image": file, "width": image.width, "height": image.height, **answer})
         if not args.find:
             pprint.pprint(answers[-1], sort_dicts=False, width=140)
@@ -944,9 +948,7 @@ def main(argv=None):
         if args.curves:
             return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
         if args.image:
-            device_type = args.device.partition(":")[0]
-            with torch.autocast(device_type, torch.bfloat16, enabled=args.amp == "bf16"):
-                found, code = run_images(args)
+            found, code = run_images(args)
         elif not args.score:
             found = run_data(args)
         else:
