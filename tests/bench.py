@@ -781,11 +781,11 @@ def pretraining_batch(args, batch=2, height=800, width=1333, words=14):
             "targets": objects(args, counts, 20, of_vg=range(1, batch, 2))}
 
 
-def all_losses(model, batch):
-    """The weighted sum of pre-training's losses."""
+def all_losses(model, batch, normalizers=None):
+    """The weighted sum of pre-training's losses; normalizers: by default the batch's."""
     objective = Pretraining(model)
     weights = loss_weights()
-    losses = objective(batch, objective.normalizers(batch))
+    losses = objective(batch, normalizers or objective.normalizers(batch))
     return sum(weights[name] * loss for name, loss in losses.items())
 
 
@@ -986,8 +986,7 @@ def pretraining_step(args, backbone, batch, precision, compiled=False):
     device = torch.device(args.device).type
     model = ours(args, backbone=backbone, dropout=0.1).train()
     inputs = pretraining_batch(args, batch)
-    objective, weights = Pretraining(model), loss_weights()
-    normalizers = objective.normalizers(inputs)
+    normalizers = Pretraining(model).normalizers(inputs)  # once: training has them on the host
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, fused=True)
     if compiled:
         model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
@@ -996,8 +995,7 @@ def pretraining_step(args, backbone, batch, precision, compiled=False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = \
             precision == "tf32"
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            losses = objective(inputs, normalizers)
-            value = sum(weights[name] * loss for name, loss in losses.items())
+            value = all_losses(model, inputs, normalizers)
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

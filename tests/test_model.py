@@ -432,8 +432,7 @@ def test_a_batch_with_nothing_in_it_has_finite_losses_and_gradients():
     assert {name for name, value in losses.items() if value > 0} == {"loss_itm", "loss_class"}
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="traces even and odd sides apart")
-def test_compilation_traces_whole_graphs_and_few_of_them():
+def test_compilation_traces_whole_graphs_and_few_of_them(monkeypatch):
     """Of a long training's images hardly two batches have the same size; padded or not are two."""
     graphs = []
 
@@ -442,6 +441,7 @@ def test_compilation_traces_whole_graphs_and_few_of_them():
         return graph.forward
 
     torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as pretrain.py has it
     model = small_model(encoder_layers=1, decoder_layers=1, frozen_batch_norm=True)
     traced = torch.compile(model, backend=backend, fullgraph=True)
     rng = random.Random(0)
@@ -451,7 +451,8 @@ def test_compilation_traces_whole_graphs_and_few_of_them():
             sizes[1] = sizes[0]
         batch = small_batch(sizes, T=rng.randrange(5, 12), seed=n)
         close(traced(batch)["itm"], model(batch)["itm"])
-    assert len(graphs) <= 6
+    # Before torch 2.14 even and odd sides are traced apart
+    assert len(graphs) <= (6 if torch.__version__ >= "2.14" else 64)
 
 
 # --------------------------------------------------------------------------------------------------
