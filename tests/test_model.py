@@ -432,7 +432,8 @@ def test_a_batch_with_nothing_in_it_has_finite_losses_and_gradients():
     assert {name for name, value in losses.items() if value > 0} == {"loss_itm", "loss_class"}
 
 
-def test_compilation_traces_whole_graphs_and_few_of_them(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)  # as pretrain.py has it
+def test_compilation_traces_whole_graphs_and_few_of_them():
     """Of a long training's images hardly two batches have the same size; padded or not are two."""
     graphs = []
 
@@ -441,7 +442,6 @@ def test_compilation_traces_whole_graphs_and_few_of_them(monkeypatch):
         return graph.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as pretrain.py has it
     model = small_model(encoder_layers=1, decoder_layers=1, frozen_batch_norm=True)
     traced = torch.compile(model, backend=backend, fullgraph=True)
     rng = random.Random(0)

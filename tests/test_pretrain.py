@@ -360,13 +360,12 @@ def test_bf16_takes_nearly_the_same_step(step_flags, one_step, tmp_path):
 
 def test_a_compiled_model_takes_the_same_step(step_flags, one_step, tmp_path, monkeypatch):
     """Traced, but run as it is: generating code takes minutes on a CPU."""
-    for name in ("optimize_ddp", "recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     real = nn.Module.compile
     traced = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, fullgraph: traced.append(
         real(module, backend="eager", fullgraph=fullgraph)))
-    assert pretrain.main([*step_flags[1:], "--output", str(tmp_path), "--compile"]) == 0
+    with torch._dynamo.config.patch(optimize_ddp=True, recompile_limit=8):  # --compile sets both
+        assert pretrain.main([*step_flags[1:], "--output", str(tmp_path), "--compile"]) == 0
     torch.compiler.reset()
     assert len(traced) == 1
     same_step(tmp_path, one_step)
