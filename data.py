@@ -691,7 +691,9 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     official = sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*"))
     state = [INDEX_VERSION, os.path.abspath(data)]
     for path in sources or official:
-        if os.path.exists(path) and os.path.dirname(path) != folder.rstrip("/"):
+        parent = os.path.dirname(path)
+        is_run = any(os.path.exists(f"{place}/log.jsonl") for place in (path, parent))  # --output
+        if os.path.exists(path) and parent != folder.rstrip("/") and not is_run:
             status = os.stat(path)
             state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"

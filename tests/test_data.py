@@ -675,6 +675,10 @@ def test_the_index_is_built_again_only_when_a_source_changes(files, monkeypatch)
     first, notes = index()
     again, notes_again = index()
     assert len(reads) == 1 and list(first) == list(again) and notes == notes_again != []
+    for run in ("run", "runs/vqa"):  # a training's --output in the data folder is no source either
+        os.makedirs(f"{files.folder}/{run}")
+        write(f"{files.folder}/{run}/log.jsonl", "{}")
+    assert list(index()[0]) == list(first) and len(reads) == 1
     files[CAPTIONS]["annotations"][0]["caption"] = "another"
     files.write()
     assert any("another" in example.sentences for example in index()[0]) and len(reads) == 2
