@@ -161,8 +161,8 @@ def test_the_best_is_chosen_by_the_tasks_measure(pretrained, world, tmp_path, mo
     values = iter([1.0, 1.0, 0.2, 1.0, 0.9, 1.0, 0.5, 1.0, 1.0, 0.8, 1.0])
     monkeypatch.setattr(tasks.NLVR2, "score", lambda *inputs: {"accuracy": next(values)})
     flags = ["--task", "nlvr2", "--init", pretrained, "--data", world, "--output", str(tmp_path)]
-    # 24 examples: six steps an epoch, so a validation after each step
-    assert finetune.main([*flags, *SMALL, "--steps", "3", "--val-every", "0.16"]) == 0
+    # 96 examples: 24 steps an epoch, so a validation after each step
+    assert finetune.main([*flags, *SMALL, "--steps", "3", "--val-every", "0.04"]) == 0
     assert finetune.main(["--resume", f"{tmp_path}/last.pt", "--steps", "4"]) == 0
     assert [line["val_accuracy"] for line in log(tmp_path)[1][1:]] == [0.2, 0.9, 0.5, 0.8]
     best = load_checkpoint(f"{tmp_path}/best.pt")
