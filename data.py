@@ -689,11 +689,13 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     folder = folder or f"{data}/.index"
     root = glob.escape(data)
     official = sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*"))
+    # What trainings write, if their --output is in the data folder, is no source
+    logs = glob.glob(f"{root}/*/log.jsonl") + glob.glob(f"{root}/*/*/log.jsonl")
+    runs = {os.path.dirname(log) for log in logs}
+    official = [path for path in official if not runs & {path, os.path.dirname(path)}]
     state = [INDEX_VERSION, os.path.abspath(data)]
     for path in sources or official:
-        parent = os.path.dirname(path)
-        is_run = any(os.path.exists(f"{place}/log.jsonl") for place in (path, parent))  # --output
-        if os.path.exists(path) and parent != folder.rstrip("/") and not is_run:
+        if os.path.exists(path) and os.path.dirname(path) != folder.rstrip("/"):
             status = os.stat(path)
             state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"

@@ -447,8 +447,8 @@ class NLVR2(Task):
     name = "nlvr2"
     images = 2
     can = ("judge",)
-    # The miniature's 6,000 statements are soon known by heart: the ResNet keeps what pre-training
-    # gave it, and the new classifier learns faster than what is below it.
+    # The miniature has few statements: the ResNet keeps what pre-training gave it, and the new
+    # classifier learns faster than what is below it.
     mini = dict(minutes=8.0, val_every=1, lr=3e-4, lr_backbone=0.0, lr_head=3.0, dropout=0.1,
                 weight_decay=0.05)
 

@@ -1,5 +1,4 @@
-"""The paper's Tables 1 to 7 on the miniature world: train what a table needs, measure,
-write.
+"""The paper's Tables 1 to 7 on the miniature world: train what a table needs, measure, write.
 
     python tests/tables.py --table 3 --mini --seeds 3 --output results   # hours; may be stopped
     python tests/tables.py --table 3 --mini --rows all "no detection" --seeds 1 --output two

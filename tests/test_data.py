@@ -687,6 +687,16 @@ def test_the_index_is_built_again_only_when_a_source_changes(files, monkeypatch)
     assert "coco 25" in ids_of(first) and "coco 25" not in ids_of(index()[0])
 
 
+def test_a_changed_file_of_ones_own_is_read_again_beside_a_runs_output(own, tmp_path):
+    write(str(tmp_path / "log.jsonl"), "{}")
+    for caption in ("a hat", "a coat"):
+        rows = f"c.jpg,{caption},train\nday1/img 1.jpg,{caption},val\n"
+        write(str(tmp_path / "pairs.csv"), f"image,caption,split\n{rows}")
+        found = pretraining_index("", folder=str(tmp_path / "index"), say=[].append,
+                                  pairs=str(tmp_path / "pairs.csv"), pairs_images=own.images)
+        assert found["train"][0].sentences == [caption]
+
+
 def test_an_index_that_another_run_has_built_meanwhile_stays(files, tmp_path, monkeypatch):
     """Two runs on one host, without torchrun: whoever is second leaves the first one's in place."""
     def build(read):
