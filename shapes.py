@@ -23,7 +23,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data import SPECIAL, HelpFormatter, InputError, command, number
 
@@ -91,8 +91,10 @@ def coverage(kind, fill, side):
     return painted.reshape(side, 4, side, 4).mean((1, 3))
 
 
-def render(rng, canvas, shapes):
-    """Return the image as JPEG bytes. Colours vary a little."""
+def render(rng, canvas, shapes, hard=False):
+    """Return the image as JPEG bytes. Colours vary a little. hard: blurred and noisy, so that a
+    small shape's place and colour can be seen but hardly its kind, which a sentence may tell.
+    """
     image = np.full((*canvas, 3), rng.randrange(222, 246), np.float64)
     for shape in shapes:
         colour = [channel + rng.randrange(-10, 11) for channel in COLOURS[shape.colour]]
@@ -100,8 +102,13 @@ def render(rng, canvas, shapes):
         region = image[shape.y1:shape.y2, shape.x1:shape.x2]
         region += alpha * (np.clip(colour, 0, 255) - region)
 
+    image = Image.fromarray((image + 0.5).astype(np.uint8))
+    if hard:
+        noise = np.random.default_rng(rng.randrange(2 ** 32)).integers(-43, 44, (*canvas, 1))
+        pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(4))) + noise
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     file = io.BytesIO()
-    Image.fromarray((image + 0.5).astype(np.uint8)).save(file, "JPEG", quality=95, subsampling=0)
+    image.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 
@@ -144,13 +151,13 @@ def draw_scene(rng, held_out=False, traits=None, matching=0, least=1):
             return canvas, shapes
 
 
-def draw_images(seed, n, first, test=False):
+def draw_images(seed, n, first, test=False, hard=False):
     """Return a list of (id, canvas, shapes, JPEG bytes). The ids are first, first + 7 and so on."""
     images = []
     for i in range(n):
         rng = Random(f"{seed} {i}")
         canvas, shapes = draw_scene(rng, held_out=test and i % 2 == 0)
-        images.append((first + 7 * i, canvas, shapes, render(rng, canvas, shapes)))
+        images.append((first + 7 * i, canvas, shapes, render(rng, canvas, shapes, hard)))
     return images
 
 
@@ -388,11 +395,11 @@ def karpathy_record(texts, draw, rng, canvas, shapes, number, split, **names):
     return dict(names, imgid=number, split=split, sentids=ids, sentences=sentences)
 
 
-def add_coco(files, texts, seed, train, val, test):
+def add_coco(files, texts, seed, train, val, test, hard):
     """Add COCO and Karpathy's splits of it. Return the images of each split."""
-    images = {"train": draw_images(f"{seed} coco train", train, 139),
-              "val": draw_images(f"{seed} coco val", val, 400009),
-              "test": draw_images(f"{seed} coco test", test, 600007, test=True)}
+    images = {"train": draw_images(f"{seed} coco train", train, 139, hard=hard),
+              "val": draw_images(f"{seed} coco val", val, 400009, hard=hard),
+              "test": draw_images(f"{seed} coco test", test, 600007, test=True, hard=hard)}
     category_ids = dict(zip(KINDS, (1, 2, 4, 7, 8, 11)))  # with gaps, as in COCO
     categories = [dict(supercategory="shape", id=category_ids[kind], name=kind) for kind in KINDS]
     karpathy = []
@@ -546,22 +553,25 @@ def vocabulary(texts):
     return [*SPECIAL, *characters, *[f"##{character}" for character in characters], *words]
 
 
-def write_world(folder, seed=1, train=4000, val=200, test=200, flag="--output"):
-    """Write the world to `folder`, whole or not at all. flag: the name of the folder in errors."""
+def write_world(folder, seed=1, train=4000, val=200, test=200, hard=False, flag="--output"):
+    """Write the world to `folder`, whole or not at all. hard: of `render`, for COCO's images; flag:
+    the name of the folder in errors.
+    """
     folder = Path(folder)
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{flag} {folder}: is not empty; give another folder, or move it away")
 
         files, texts = {}, []
-        coco = add_coco(files, texts, seed, train * 3 // 4, val, test)
+        coco = add_coco(files, texts, seed, train * 3 // 4, val, test, hard)
         flickr = add_flickr(files, texts, seed, train // 4, val, test)
         add_vg(files, texts, seed, coco, flickr[:20], train - train * 3 // 4)
         add_vqa(files, texts, seed, coco, test)
         add_nlvr2(files, texts, seed, train * 3 // 2, val * 5, test * 5)
         files["vocab.txt"] = "".join(f"{token}\n" for token in vocabulary(texts)).encode()
         held_out = sorted(f"{colour} {kind}" for kind, colour in HELD_OUT)
-        files["world.json"] = dict(seed=seed, train=train, val=val, test=test, held_out=held_out)
+        files["world.json"] = dict(seed=seed, train=train, val=val, test=test, hard=hard,
+                                   held_out=held_out)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as temporary:
@@ -586,10 +596,11 @@ def main(argv=None):
     add("--train", type=number(int, 16, 76_000), default=4000, help="pictures to pre-train on")
     add("--val", type=number(int, 1, 10_000), default=200, help="validation pictures of each set")
     add("--test", type=number(int, 2, 10_000), default=200, help="test pictures of each set")
+    add("--hard", action="store_true", help="blur COCO's pictures: kinds can hardly be seen there")
 
     def work():
         args = parser.parse_args(argv)
-        write_world(args.output, args.seed, args.train, args.val, args.test)
+        write_world(args.output, args.seed, args.train, args.val, args.test, args.hard)
         print(f"{args.output}: written; python pretrain.py --mini --data {args.output} uses it")
 
     return command("shapes.py", work)

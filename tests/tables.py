@@ -40,12 +40,13 @@ from tasks import TASKS
 
 @dataclass(frozen=True)
 class Run:
-    """One training, without its seed; start: the pre-training that a fine-tuning begins with."""
+    """One training, without its seed."""
 
     name: str
     script: str
     flags: tuple
-    start: "Run | None" = None
+    start: "Run | None" = None  # the pre-training that a fine-tuning begins with
+    hard: bool = False  # on the world of `shapes.py --hard`
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Plan:
             "--mini", "--minutes", "0", "--steps", str(steps), "--val-every", str(-(-steps // 4)),
             "--warmup", str(steps // 10), "--workers", "0", *flags))
 
-    def finetune(self, task, start, name="", *flags):
+    def finetune(self, task, start, name="", *flags, hard=False):
         """start: the pre-training to begin with; None: from nothing; name: of what flags change."""
         passes = PASSES[task] * self.budget / 25_600
         # All pairs of retrieval's images and sentences take as long as a good part of its training
@@ -111,7 +112,7 @@ class Plan:
         return Run(f"{task}-{origin}{name}", "finetune.py", (
             "--task", task, "--mini", "--minutes", "0", "--epochs", f"{passes:g}", "--val-every",
             f"{every:g}", "--val-examples", "0" if task in ("vqa", "nlvr2") else "400", "--workers",
-            "0", "--checkpoint-minutes", "5", *flags), start)
+            "0", "--checkpoint-minutes", "5", *flags), start, hard)
 
     def understanding(self, start, name="", *flags):
         """The cells of a row of Tables 3 and 6: one pre-training, fine-tuned on two tasks."""
@@ -182,18 +183,29 @@ class Plan:
         return table
 
     def table_7(self):
-        table = Table("detection, with the sentence and without",
-                      {"detection.AP": "AP", "detection.AP50": "AP50"},
-                      reference="pre-trained, sentence", note="The paper's last row is DETR's.")
+        heads = {"AP": "AP", "AP50": "AP50", "hard_AP": "AP, hard to see",
+                 "hard_AP50": "AP50, hard to see"}
+        table = Table("detection, with the sentence and without", heads,
+                      reference="fine-tuned, sentence", note="Hard to see: COCO's images of "
+                      "`shapes.py --hard`, in fine-tuning and validation. The paper's last row is "
+                      "DETR's.")
         every = self.pretrain("all")
+        for name, kind in (("sentence", ""), ("another image's sentence", "_wrong_sentence"),
+                           ("no sentence", "_no_sentence")):
+            cells = {key: (every, f"val_{key}{kind}") for key in ("AP", "AP50")}
+            table.add(f"pre-trained only, {name}", cells)
         alone = "-no-sentence", "--text", "none"
         for name, start, flags, paper in (
-                ("pre-trained, sentence", every, (), (41.9, 62.6)),
-                ("pre-trained, no sentence", every, alone, ()),
+                ("fine-tuned, sentence", every, (), (41.9, 62.6)),
+                ("fine-tuned, no sentence", every, alone, ()),
                 ("from scratch, sentence", None, (), ()),
                 ("from scratch, no sentence", None, alone, (40.6, 61.6))):
             run = self.finetune("detection", start, *flags)
-            cells = {"detection.AP": (run, "val_AP"), "detection.AP50": (run, "val_AP50")}
+            cells = {key: (run, f"val_{key}") for key in ("AP", "AP50")}
+            if start:
+                name_, *more = flags or ("",)
+                run = self.finetune("detection", start, f"{name_}-hard", *more, hard=True)
+                cells |= {f"hard_{key}": (run, f"val_{key}") for key in ("AP", "AP50")}
             table.add(name, cells, paper)
         return table
 
@@ -233,7 +245,8 @@ class Runner:
 
     def command(self, run, seed):
         """The command line that trains a run."""
-        words = ["python", run.script, *run.flags, "--data", self.args.data, "--seed", str(seed)]
+        data = f"{self.args.data}-hard" if run.hard else self.args.data
+        words = ["python", run.script, *run.flags, "--data", data, "--seed", str(seed)]
         if run.script == "finetune.py":
             init = os.path.join(self.folder(run.start, seed), "last.pt") if run.start else "none"
             words += ["--init", init]
@@ -400,7 +413,7 @@ def draw(path, table, kept):
     """The curves of a table as a PNG: each measure over the images seen, a colour a row, the mean
     over the seeds; then the pre-trainings', where the rows differ in them.
     """
-    panels = {head: {name: cells[measure] for name, cells, _ in table.rows}
+    panels = {head: {name: cells[measure] for name, cells, _ in table.rows if measure in cells}
               for measure, head in table.heads.items()}
     starts = {name: run.start for name, cells, _ in table.rows for run, _ in cells.values()}
     if None not in starts.values() and len(set(starts.values())) > 1:
@@ -447,6 +460,11 @@ def make(number_, args):
     """Train what a table needs; write its JSON and picture."""
     runner, table = Runner(args), make_table(args, number_)
     seeds = range(args.seeds)
+    worlds = {False: args.data, True: f"{args.data}-hard"}
+    for hard in {run.hard for run in table.runs()}:
+        if not os.path.exists(worlds[hard]):
+            print(f"writing the miniature world to {worlds[hard]}", flush=True)
+            shapes.write_world(worlds[hard], hard=hard, flag="--data")
     runner.train(table.runs())
     kept, rows = {}, []
     for run in table.runs():
@@ -500,9 +518,6 @@ def main(argv=None):
     def work():
         args = parser.parse_args(argv)
         args.asked = sys.argv[1:] if argv is None else argv
-        if not os.path.exists(args.data):
-            print(f"writing the miniature world to {args.data}", flush=True)
-            shapes.write_world(args.data, flag="--data")
         for number_ in args.table:
             make(number_, args)
 

@@ -30,7 +30,20 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
     assert worlds[0] == worlds[1] != worlds[2]
     # The same on other machines. JPEG files are left out: they depend on the version of libjpeg.
     texts = [content for name, content in worlds[0].items() if name.endswith((".json", ".txt"))]
-    assert hashlib.sha256(b"".join(texts)).hexdigest()[:16] == "440f7fd5ae664c1c"
+    assert hashlib.sha256(b"".join(texts)).hexdigest()[:16] == "c467acbd7e37dcdd"
+
+
+def test_a_hard_world_differs_in_the_pixels_of_coco_alone(tmp_path):
+    worlds = []
+    for name, hard in (("plain", False), ("hard", True)):
+        folder = tmp_path / name
+        shapes.write_world(folder, seed=5, train=32, val=4, test=4, hard=hard)
+        worlds.append({str(path.relative_to(folder)): path.read_bytes()
+                       for path in sorted(folder.rglob("*.*")) if path.name != "world.json"})
+    plain, hard = worlds
+    different = {name for name in plain if plain[name] != hard[name]}
+    assert {name for name in plain if re.match("coco/(train|val)2017/", name)} <= different
+    assert all(re.match(r"(coco|vg)/.*\.jpg", name) for name in different)  # VG has some of COCO's
 
 
 # An independent reader checks sentences against traits and boxes.

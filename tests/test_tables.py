@@ -13,6 +13,7 @@ from conftest import ROOT, run_command
 
 import finetune
 import pretrain
+import shapes
 
 SMALL = """--width 32 --heads 2 --feed-forward 64 --encoder-layers 2 --decoder-layers 2
     --batch-size 8 --val-every 1000""".split()
@@ -65,25 +66,26 @@ def make(world, folder, *more):
 
 
 def test_a_table_is_made_and_its_runs_kept(world, tmp_path, started):
+    shapes.write_world(f"{world}-hard", seed=3, train=64, val=8, test=8, hard=True)
     (tmp_path / "out").mkdir()
     readme = tmp_path / "out/README.md"
     readme.write_text("before\n<!-- table 7 -->\nold\n<!-- end -->\nafter\n")
-    words = ["--seeds", "2", "--rows", "pre-trained, sentence", "from scratch, sentence"]
+    words = ["--seeds", "2", "--rows", "fine-tuned, sentence", "from scratch, sentence"]
     assert make(world, tmp_path, *words) == 0
-    assert len(set(started)) == len(started) == 2 * 3
+    assert len(set(started)) == len(started) == 2 * 4  # fine-tuned in both worlds
     result = json.loads((tmp_path / "out/table7.json").read_text())
     logs = []
     for seed in (0, 1):  # a value is the last validation's in the run's own log
         log = tmp_path / f"work/detection-all-64-seed{seed}/log.jsonl"
         logs.append(json.loads(log.read_text().splitlines()[-1])["val_AP50"])
     row = result["rows"][0]
-    measure = row["measures"]["detection.AP50"]
-    assert row["name"] == "pre-trained, sentence" and len(result["rows"]) == 2
+    measure = row["measures"]["AP50"]
+    assert row["name"] == "fine-tuned, sentence" and len(result["rows"]) == 2
     assert measure["values"] == logs and measure["mean"] == pytest.approx(statistics.fmean(logs))
     assert measure["std"] == pytest.approx(statistics.stdev(logs))
     assert (tmp_path / "out/table7.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
-    assert text.startswith("before\n<!-- table 7 -->\n|  | AP | AP50 | paper: AP | paper: AP50 |\n")
+    assert text.startswith("before\n<!-- table 7 -->\n|  | AP | AP50 | AP, hard to see | ")
     assert text.endswith("\n<!-- end -->\nafter\n") and "commit abc" in text and "old" not in text
     assert not list((tmp_path / "work").glob("detection*/*.pt"))  # nothing starts from them
 
@@ -96,7 +98,8 @@ def test_a_run_that_fails_and_an_unknown_row_are_one_line(world, tmp_path, start
     assert make(world, tmp_path, "--rows", "nothing") == 2
     assert "table 7 has none of that name; there are: 'pre-tr" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert make(str(tmp_path / "empty"), tmp_path, "--seeds", "1") == 2
+    row = "--rows", "pre-trained only, sentence"
+    assert make(str(tmp_path / "empty"), tmp_path, "--seeds", "1", *row) == 2
     output = tmp_path / "work/pretrain-all-64-seed0/output.txt"
     assert f"pretrain-all-64-seed0: exit code 2, see {output}" in capsys.readouterr().err
     assert "README" in output.read_text() and not os.path.exists(tmp_path / "out/runs")
