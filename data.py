@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from msgspec import Meta, Struct
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 
@@ -62,8 +62,7 @@ class Tokenizer:
     def __init__(self, vocabulary, max_tokens=40):
         source = vocabulary if isinstance(vocabulary, str) else "the checkpoint's vocabulary"
         if isinstance(vocabulary, str):
-            vocabulary = read_text(vocabulary, "word pieces: the vocab.txt of bert-base-uncased")
-            vocabulary = vocabulary.rstrip("\n").split("\n")
+            vocabulary = read_text(vocabulary).rstrip("\n").split("\n")
         self.vocabulary = list(map(str, vocabulary))
         ids = {piece: i for i, piece in enumerate(self.vocabulary)}
         missing = [piece for piece in SPECIAL if piece not in ids]
@@ -75,22 +74,21 @@ class Tokenizer:
         self.pad, _, self.cls, self.sep, self.mask = (ids[piece] for piece in SPECIAL)
         self.ordinary = [i for piece, i in ids.items() if piece not in SPECIAL]
         self.wordpiece = BertWordPieceTokenizer(ids, lowercase=True)
+        self.wordpiece.enable_truncation(max_tokens)
 
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of ids, at most max_tokens of them."""
-        return self.encode_with_offsets(sentence)[0]
+        return self.wordpiece.encode(sentence).ids
 
     def encode_with_offsets(self, sentence):
         """(tokens, [(start, end) of each in characters; (0, 0) for [CLS] and [SEP]])."""
-        pieces = self.wordpiece.encode(sentence, add_special_tokens=False)
-        fit = self.max_tokens - 2
-        return [self.cls, *pieces.ids[:fit], self.sep], [(0, 0), *pieces.offsets[:fit], (0, 0)]
+        encoding = self.wordpiece.encode(sentence)
+        return encoding.ids, encoding.offsets
 
     def is_too_long(self, sentence):
         """Whether `encode` cuts its end off."""
-        fit = self.max_tokens - 2  # a piece has a character at least
-        return len(sentence) > fit and len(self.wordpiece.encode(
-            sentence, add_special_tokens=False).ids) > fit
+        could_be = len(sentence) > self.max_tokens - 2  # a piece has a character at least
+        return could_be and bool(self.wordpiece.encode(sentence).overflowing)
 
     def decode(self, tokens):
         """Ids -> text, without special pieces. WordPiece parts "man's" and "t-shirt" at each sign;
@@ -221,27 +219,27 @@ class Example(Struct):
     vg: Objects | None = None
 
 
-def read_text(path, purpose):
-    """A text file. InputError names the file and what it is needed for."""
+def read_text(path):
+    """A text file. InputError names it."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # some editors begin with a byte order mark
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)
-        raise InputError(f"{path}: cannot be read ({reason}), needed for {purpose}; the README's "
-                         "data tree says where it comes from") from None
+        raise InputError(f"{path}: cannot be read ({reason}); the README's data tree says where "
+                         "it comes from") from None
 
 
-def parse_json(text, kind, path):
-    """JSON text as a record type. InputError names the file and the field."""
+def read_json(path, kind, lines=False):
+    """A JSON file as a record type; lines: a record a line, a list of them. InputError names the
+    file and the field.
+    """
+    text = read_text(path)
+    decoder = msgspec.json.Decoder(kind)
     try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return decoder.decode_lines(text) if lines else decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise InputError(f"{path}: {error}; mend the record, or download the file again") from None
-
-
-def read_json(path, kind, purpose):
-    return parse_json(read_text(path, purpose), kind, path)
 
 
 def safe_name(name, path):
@@ -253,20 +251,11 @@ def safe_name(name, path):
     return name
 
 
-def list_folder(folder):
-    """The names in a folder: one listing is faster than asking for 100,000 files one at a time."""
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        raise InputError(f"{folder}: no such folder; unpack the images there (README: the data "
-                         "tree)") from None
-
-
-def say_left_out(path, counts, say):
-    """counts: {what: how many}."""
+def say_counts(path, counts, say):
+    """counts: {what was met, and what is done about it: how many}."""
     for what, number in counts.items():
         if number:
-            say(f"{path}: left out {number} {what}")
+            say(f"{path}: {number} {what}")
 
 
 def find_files(folder, names):
@@ -282,8 +271,6 @@ def find_files(folder, names):
             path = os.path.join(parent, file)
             paths[os.path.relpath(path, folder)] = path
             alike[file].append(path)
-    if not paths:
-        raise InputError(f"{folder}: no such folder, or nothing in it; unpack the images there")
 
     found = {name: paths.get(os.path.normpath(name)) for name in names}
     taken = set(found.values())
@@ -295,16 +282,21 @@ def find_files(folder, names):
     return found
 
 
-def read_boxes(path, folder, names=None, complete=False, say=print):
+def read_boxes(path, folder, complete=False, say=print):
     """A file of boxes in COCO's format, without crowd regions: ({image id: Example}, the
-    categories' names, by id, {image id: Flickr's number}).
+    categories' names, by id, of which labels are the numbers, {image id: Flickr's number}).
 
-    folder: of the images; names: labels are numbers of these names, by default of the file's own;
-    complete: an image that is not there is an error (a score needs all), else left out.
+    folder: of the images; complete: an image that is not there is an error (a score needs all),
+    else left out.
     """
-    instances = read_json(path, CocoInstances, "detection")
+    instances = read_json(path, CocoInstances)
     examples = images_with_records(path, folder, instances.images, complete, say)
-    label_of, names = labels_by_name(path, instances.categories, names)
+    categories = sorted(instances.categories, key=lambda category: category.id)
+    names = [category.name for category in categories]
+    label_of = {category.id: label for label, category in enumerate(categories)}
+    if len(set(names)) < len(names):
+        double = Counter(names).most_common(1)[0][0]
+        raise InputError(f"{path}: the category {double!r} is there twice")
     photographs = {}
     for image in instances.images:
         photograph = re.search(r"/(\d{1,18})_[^/]*$", image.flickr_url)
@@ -312,8 +304,7 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
             photographs[image.id] = int(photograph[1])
 
     known = {image.id for image in instances.images}
-    left_out = Counter()
-    clipped = 0
+    counts = Counter()
     for annotation in instances.annotations:
         if annotation.image_id not in known or annotation.category_id not in label_of:
             raise InputError(f"{path}: annotation {annotation.id}: unknown image_id "
@@ -322,20 +313,19 @@ def read_boxes(path, folder, names=None, complete=False, say=print):
         if example is None:
             continue
         height, width = example.size
+        x, y, w, h = annotation.bbox
         box = box_in_fractions(annotation.bbox, width, height)
         if annotation.iscrowd:
-            left_out["crowd regions (iscrowd is 1)"] += 1
+            counts["crowd regions (iscrowd is 1) are left out"] += 1
         elif box is None:
-            left_out["boxes without area or outside of their image"] += 1
+            counts["boxes without area or outside of their image are left out"] += 1
         else:
             example.coco.boxes.append(box)
             example.coco.labels.append(label_of[annotation.category_id])
-            x, y, w, h = annotation.bbox
-            clipped += min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
-    say_left_out(path, left_out, say)
-    if clipped:
-        say(f"{path}: clipped {clipped} boxes that reach beyond their image; a bbox is x, y, width,"
-            " height in pixels")
+            beyond = min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
+            counts["boxes that reach beyond their image are clipped; a bbox is x, y, width, height "
+                   "in pixels"] += beyond
+    say_counts(path, counts, say)
     if not any(example.coco.boxes for example in examples.values()):
         raise InputError(f"{path}: no box is left of {len(instances.annotations)} annotations and "
                          f"{len(instances.categories)} categories; detection needs some")
@@ -364,49 +354,29 @@ def images_with_records(path, folder, images, complete, say):
                               f"{image.width} x {image.height}")
         examples[image.id] = Example(image.id, [file], size, upright=size != stored,
                                      coco=Objects([], []))
-
-    if missing and complete:
-        raise InputError(f"{folder}/{missing[0]}: is not there, but in {path} ({len(missing)} such "
-                         "images); a score needs all")
     if missing:
-        say(f"{path}: left out {len(missing)} images that are not in {folder}, the first is "
-            f"{missing[0]}")
+        problem = f"{path}: {len(missing)} images are not in {folder}, the first is {missing[0]}"
+        if complete or not examples:
+            raise InputError(f"{problem}; a score needs all, a training some")
+        say(f"{problem}; left out")
     if other_size:
         raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
                          f"files, so boxes would be wrong; the first: {other_size[0]}")
-    if not examples:
-        raise InputError(f"{folder}: holds none of the images of {path}; unpack them there")
     return examples
-
-
-def labels_by_name(path, categories, names):
-    """({category id: label}, names): classes go by name, because files may number them otherwise.
-    names: as in `read_boxes`.
-    """
-    own = {c.id: c.name for c in sorted(categories, key=lambda c: c.id)}
-    names = names or list(own.values())
-    double = [name for name, n in Counter(own.values()).items() if n > 1]
-    unknown = [name for name in own.values() if name not in names]
-    if double or unknown:
-        raise InputError(f"{path}: the category {(double or unknown)[0]!r} is there twice, or not "
-                         f"in the training file, which has {', '.join(names)[:500]}")
-    return {number: names.index(name) for number, name in own.items()}, names
 
 
 def add_captions(examples, path):
     """COCO's captions of these images, {image id: Example}."""
-    for caption in read_json(path, CocoCaptions, "captions").annotations:
+    for caption in read_json(path, CocoCaptions).annotations:
         if caption.image_id in examples and caption.caption.strip():
             examples[caption.image_id].sentences.append(caption.caption.strip())
-    for example in examples.values():
-        example.captions = len(example.sentences)
+            examples[caption.image_id].captions += 1
 
 
-def read_coco(data, split, say=print, names=None):
+def read_coco(data, split, say=print):
     """`read_boxes` of COCO 2017's "train" or "val", with captions."""
     folder = f"{data}/coco/annotations"
-    found = read_boxes(f"{folder}/instances_{split}2017.json", f"{data}/coco/{split}2017", names,
-                       say=say)
+    found = read_boxes(f"{folder}/instances_{split}2017.json", f"{data}/coco/{split}2017", say=say)
     add_captions(found[0], f"{folder}/captions_{split}2017.json")
     return found
 
@@ -417,25 +387,18 @@ def read_pairs(path, folder, split, say=print):
     words. Without a split one in ten images is of val, chosen by a hash of its name. folder: of the
     images; "": they are not needed.
     """
-    text = read_text(path, "images with captions")
-    pairs = []
-    try:
-        if path.endswith(".jsonl"):
-            rows = (msgspec.json.decode(line) for line in text.split("\n") if line.strip())
-        else:
-            rows = csv.DictReader(io.StringIO(text), strict=True, restval="")
-            if not {"image", "caption"} <= set(rows.fieldnames or ()):
-                raise InputError(f"{path}: its first line is {text.splitlines()[:1]}; it must be "
-                                 "image,caption or image,caption,split")
-        for row in rows:
-            pairs.append(msgspec.convert(row, Pair))
-    except (csv.Error, msgspec.MsgspecError) as error:
-        raise InputError(f"{path}: after {len(pairs)} rows: {error}; a row has image, caption and "
-                         "perhaps split (train, val or test), in CSV as its first line says"
-                         ) from None
+    if path.endswith(".jsonl"):
+        pairs = read_json(path, Pair, lines=True)
+    else:
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True, restval="")
+        try:
+            pairs = msgspec.convert(list(rows), list[Pair])
+        except (csv.Error, msgspec.MsgspecError) as error:
+            raise InputError(f"{path}: {error}; its first line must be image,caption or image,"
+                             "caption,split, and split train, val, test or nothing") from None
     names = [safe_name(pair.image, path) for pair in pairs]
     files = dict(zip(names, names)) if folder == "" else find_files(folder, names)
-    left_out = Counter()
+    counts = Counter()
     examples = {}
     for pair in pairs:
         name = pair.image
@@ -446,14 +409,14 @@ def read_pairs(path, folder, split, say=print):
         if file is None and split != "train":
             raise InputError(f"{folder}/{name}: is not there, but in {path}; a score needs all")
         if file is None:
-            left_out[f"pairs whose image is not in {folder}"] += 1
+            counts[f"pairs whose image is not in {folder} are left out"] += 1
         elif not pair.caption.strip():
-            left_out["pairs with an empty caption"] += 1
+            counts["pairs with an empty caption are left out"] += 1
         else:
             example = examples.setdefault(name, Example(name, [file]))
             example.sentences.append(pair.caption.strip())
             example.captions += 1
-    say_left_out(path, left_out, say)
+    say_counts(path, counts, say)
     if not examples:
         raise InputError(f"{path}: no pair of {split!r} is left of {len(pairs)} rows")
     return list(examples.values())
@@ -461,8 +424,7 @@ def read_pairs(path, folder, split, say=print):
 
 def read_names(path):
     """bottom-up-attention's word list: (lines "name,synonym ...", {name or synonym: its line})."""
-    text = read_text(path, "Visual Genome's names: bottom-up-attention's data/genome/1600-400-20")
-    lines = [line.strip().lower() for line in text.splitlines() if line.strip()]
+    lines = [line.strip().lower() for line in read_text(path).splitlines() if line.strip()]
     number_of = {}
     for number, line in enumerate(lines):
         for name in line.split(","):
@@ -489,15 +451,15 @@ def read_vg(data, say=print):
     folder = f"{data}/vg"
     objects, label_of = read_names(f"{folder}/objects_vocab.txt")
     attributes, attribute_of = read_names(f"{folder}/attributes_vocab.txt")
-    on_disk = {name: f"{folder}/{part}/{name}" for part in ("VG_100K", "VG_100K_2")
-               if os.path.isdir(f"{folder}/{part}") for name in list_folder(f"{folder}/{part}")}
+    files = glob.glob(f"{glob.escape(folder)}/VG_100K*/*.jpg")
+    on_disk = {os.path.basename(file): file for file in files}
 
     examples, links = {}, {}
-    left_out = Counter()
-    for image in read_json(f"{folder}/image_data.json", list[VGImage], "Visual Genome"):
+    counts = Counter()
+    for image in read_json(f"{folder}/image_data.json", list[VGImage]):
         file = on_disk.get(f"{image.image_id}.jpg")
         if file is None:
-            left_out["images of image_data.json, which are not there"] += 1
+            counts["images of image_data.json are not there and left out"] += 1
             continue
         examples[image.image_id] = Example(
             f"vg {image.image_id}", [file], (image.height, image.width), upright=False,
@@ -507,44 +469,41 @@ def read_vg(data, say=print):
         raise InputError(f"{folder}: VG_100K and VG_100K_2 hold no image of image_data.json")
 
     attributes_of = {}
-    for record in read_json(f"{folder}/attributes.json", list[VGObjects], "attributes"):
+    for record in read_json(f"{folder}/attributes.json", list[VGObjects]):
         for thing in record.attributes:
             numbers = known_names(thing.attributes, attribute_of)
             attributes_of[thing.object_id] = sorted(set(numbers))
 
-    without_record = 0
-    for record in read_json(f"{folder}/objects.json", list[VGObjects], "Visual Genome's boxes"):
+    for record in read_json(f"{folder}/objects.json", list[VGObjects]):
         example = examples.get(record.image_id)
         for thing in record.objects if example else ():
             labels = known_names(thing.names, label_of)
             height, width = example.size
             box = box_in_fractions((thing.x, thing.y, thing.w, thing.h), width, height)
             if box is None:
-                left_out["boxes without area or outside of their image"] += 1
+                counts["boxes without area or outside of their image are left out"] += 1
             elif not labels:
-                left_out["boxes whose name is not in objects_vocab.txt"] += 1
+                counts["boxes whose name is not in objects_vocab.txt are left out"] += 1
             else:
-                without_record += thing.object_id not in attributes_of
                 example.vg.boxes.append(box)
                 example.vg.labels.append(labels[0])
                 example.vg.attributes.append(attributes_of.get(thing.object_id, []))
-    if without_record:
-        say(f"{folder}/attributes.json: has no record of {without_record} objects, which have no "
-            "attribute then")
+                if thing.object_id not in attributes_of:
+                    counts["objects without a record in attributes.json have no attribute"] += 1
 
-    path = f"{folder}/region_descriptions.json"
-    for record in read_json(path, list[VGRegions], "Visual Genome's sentences"):
+    for record in read_json(f"{folder}/region_descriptions.json", list[VGRegions]):
         example = examples.get(record.id)
         known = set()
         for region in record.regions if example else ():
             phrase = region.phrase.strip()
             key = phrase.lower(), region.x, region.y, region.width, region.height
             if key in known or not re.search("[a-z]", phrase.lower()):
-                left_out["sentences without a Latin letter, or twice with the same box"] += 1
+                counts["sentences without a Latin letter, or twice with the same box, are left "
+                       "out"] += 1
             else:
                 example.sentences.append(phrase)
             known.add(key)
-    say_left_out(folder, left_out, say)
+    say_counts(folder, counts, say)
     return examples, links, objects, attributes
 
 
@@ -555,13 +514,13 @@ def held_out(data, say=print):
     coco, flickr, test = set(), set(), set()
     path = f"{data}/coco/annotations/instances_val2017.json"
     if os.path.exists(path):
-        coco |= {image.id for image in read_json(path, CocoInstances, "held-out images").images}
+        coco |= {image.id for image in read_json(path, CocoInstances).images}
     for name in ("coco", "flickr30k"):
         path = f"{data}/{name}/dataset_{name}.json"
         if not os.path.exists(path):
             say(f"{path}: not there, so its val and test images cannot be kept out of pre-training")
             continue
-        for image in read_json(path, Karpathy, "Karpathy's splits").images:
+        for image in read_json(path, Karpathy).images:
             stem = os.path.splitext(image.filename)[0]
             if image.split not in ("val", "test"):
                 continue
@@ -585,7 +544,9 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
     leaking = 0
     if "coco" in sets:
         train, names["coco"], photographs = read_coco(data, "train", say)
-        val, _, _ = read_coco(data, "val", say, names["coco"])
+        val, val_names, _ = read_coco(data, "val", say)
+        if val_names != names["coco"]:
+            raise InputError(f"{data}/coco: train2017 and val2017 have different categories")
         for number in list(train):
             if number in coco_out or photographs.get(number) in flickr_out:
                 coco_out.add(number)  # Visual Genome may know it by this number alone
@@ -605,17 +566,14 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
                 leaking += 1
             else:
                 vg_only.append(example)
-    if leaking:
-        say(f"{data}: {leaking} images are in a val or test split; left out of pre-training")
 
     val = {number: example for number, example in val.items() if number not in coco_test}
     for number, example in [*train.items(), *val.items()]:
         example.id = f"coco {number}"
-    train = [*train.values(), *vg_only]
-    silent = sum(not example.sentences for example in train)
-    train = [example for example in train if example.sentences]
-    if silent:
-        say(f"{data}: {silent} images have no sentence; left out")
+    found = [*train.values(), *vg_only]
+    train = [example for example in found if example.sentences]
+    say_counts(data, {"images are in a val or test split; left out of pre-training": leaking,
+                      "images have no sentence; left out": len(found) - len(train)}, say)
     if not train:
         raise InputError(f"--data {data}: no image to pre-train on is left")
     return {"train": train, "val": [example for example in val.values() if example.sentences],
@@ -625,7 +583,7 @@ def read_pretraining(data, sets=("coco", "vg"), say=print):
 # --------------------------------------------------------------------------------------------------
 # The index: what the readers made, in files that all processes map
 
-INDEX_VERSION = 9  # raise it with any change of the readers or of Example
+INDEX_VERSION = 10  # raise it with any change of the readers or of Example
 
 
 class MmapList(Sequence):
@@ -684,7 +642,7 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     index is built anew, by each host's first process, while the others wait. What `read` says is
     kept and said again each time.
     """
-    if not os.path.isdir(data):
+    if not os.path.isdir(data or ""):
         raise InputError(f"--data {data}: no such folder; see the README's data tree")
     folder = folder or f"{data}/.index"
     root = glob.escape(data)
@@ -706,9 +664,8 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
         notes = []
         found = read(notes.append)
         unfinished = f"{path}.{os.getpid()}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            os.makedirs(unfinished)
+            os.makedirs(unfinished, exist_ok=True)
             lists = [name for name, value in found.items() if isinstance(value, list)]
             for name in lists:
                 MmapList.write(f"{unfinished}/{name}", found.pop(name))
@@ -726,7 +683,7 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
             shutil.rmtree(unfinished, ignore_errors=True)
 
     on_first_process(build)
-    about = read_json(f"{path}/about.json", dict, "the index")
+    about = read_json(f"{path}/about.json", dict)
     for note in about["notes"]:
         say(note)
     return {**about["plain"], **{name: MmapList(f"{path}/{name}") for name in about["lists"]}}
@@ -780,13 +737,10 @@ def describe(kind, examples, names, queries=0, tokenizer=None, say=print):
             "comes after those is cut off")
     for source, counts in boxes.items():
         if counts:
-            most, most_boxes = counts.most_common()[0]
-            fewest, fewest_boxes = counts.most_common()[-1]
-            without = [name for label, name in enumerate(names[source]) if label not in counts]
-            say(f"  {len(names[source]):,} classes; boxes a class: from {fewest_boxes:,} "
-                f"({name_of(names, source, fewest)}) to {most_boxes:,} "
-                f"({name_of(names, source, most)})"
-                + (f"; none of {', '.join(without[:10])}" if without and every == 1 else ""))
+            labels = sorted(range(len(names[source])), key=counts.__getitem__)
+            fewest, most = (f"{counts[label]:,} ({name_of(names, source, label)})"
+                            for label in (labels[0], labels[-1]))
+            say(f"  {len(labels):,} classes; boxes a class: from {fewest} to {most}")
     if in_image:
         say(f"  boxes an image: {np.mean(in_image):.1f} in the mean, {max(in_image)} at most; "
             f"{in_image.count(0):,} images have none")
@@ -810,22 +764,22 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 def load_image(file, short=None, long=None, upright=True):
     """An RGB image; upright: a camera's rotation (EXIF) is applied, else pixels are as stored (COCO
     counts its boxes so). 16 bits become 8, transparent areas white; of a moving image the first
-    frame counts. Raises whatever Pillow does: OSError, ValueError, DecompressionBombError ...
+    frame counts. InputError names a file that does not decode.
 
     short, long: what `to_pixels` will make of it. A JPEG much larger than that is decoded at 1/2,
     1/4 or 1/8 of its size, which leaves out most of the work.
     """
     try:
-        image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"is none of {', '.join(FORMATS)}") from None
-    with image:
-        if short is not None and image.format == "JPEG":
-            height, width = resized(image.height, image.width, short, long)
-            image.draft(None, (width, height))
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        with Image.open(file, formats=FORMATS) as image:
+            if short is not None and image.format == "JPEG":
+                height, width = resized(image.height, image.width, short, long)
+                image.draft(None, (width, height))
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except Exception as error:  # Pillow raises many kinds
+        raise InputError(f"{file}: cannot be read ({error}); images are of kind "
+                         f"{', '.join(FORMATS)}") from None
 
 
 def to_rgb(image):
@@ -853,13 +807,12 @@ def load_images(example_of, index, total, short, long):
         try:
             images = [load_image(file, short, long, example.upright) for file in files]
             return images, at % total, list(broken.values())
-        except Exception as error:  # Pillow raises many kinds
-            broken[files] = f"{' or '.join(files)}: {error}"
+        except InputError as error:
+            broken[files] = str(error)
         if len(broken) == 20:
             break
     first = next(iter(broken.values()))
-    raise InputError(f"{first}: cannot be decoded, nor can the {len(broken) - 1} images after it; "
-                     "mend or remove them")
+    raise InputError(f"{first}; nor can the {len(broken) - 1} images after it")
 
 
 def size_of(file):
@@ -896,8 +849,6 @@ def to_pixels(image, short, long=LONG_SIDE):
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     size = resized(image.height, image.width, short, long)
-    if pixels.shape[1:] == size:
-        return pixels.contiguous()
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
 
 
@@ -938,8 +889,8 @@ def decodable(examples, say=print):
         try:
             load_image(example.files[0])
             good.append(example)
-        except Exception as error:  # Pillow raises many kinds
-            say(f"{example.files[0]}: cannot be decoded ({error}); left out of validation")
+        except InputError as error:
+            say(f"{error}; left out of validation")
     return good
 
 
@@ -1064,16 +1015,6 @@ def gather(value):
     return values
 
 
-def all_sum(values):
-    """A list of numbers, summed over all processes; on the host, so that no device is waited for.
-    """
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    values = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
 def on_first_process(function):
     """Call a function in each host's first process; its InputError is raised in all."""
     problem = None
@@ -1099,15 +1040,12 @@ class NotedSignal:
 
     def __init__(self):
         self.number = 0
-        self.former = [signal.signal(noted, self.note) for noted in SIGNALS]
+        for noted in SIGNALS:
+            signal.signal(noted, self.note)
 
     def note(self, number, frame):
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self):
-        for noted, handler in zip(SIGNALS, self.former):
-            signal.signal(noted, handler)
 
 
 def ignore_signals(worker):
@@ -1168,14 +1106,20 @@ def main(argv=None):
 
     def work():
         args = parser.parse_args(argv)
-        names = None
+        known = None
         for split in ("train", "val"):
             path = getattr(args, f"{split}_annotations")
-            if path:
-                examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"), names,
-                                                complete=split == "val")
-                describe(split, list(examples.values()), {"coco": names})
-        if names:
+            if not path:
+                continue
+            examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"),
+                                            complete=split == "val")
+            describe(split, list(examples.values()), {"coco": names})
+            known = known or names
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise InputError(f"{path}: the category {unknown[0]!r} is not in the training "
+                                 f"file, which has {', '.join(known)[:500]}")
+        if known:
             return
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
         data = pretraining_index(args.data, sets, args.index, pairs=args.pairs,

@@ -25,7 +25,6 @@ import textwrap
 from collections import defaultdict
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -35,13 +34,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
-from data import (FORMATS, HelpFormatter, InputError, Tokenizer, command,
+from data import (HelpFormatter, InputError, Tokenizer, command,
                   decodable, gather, ignore_signals, init_processes, load_image, mask_tokens,
                   mean_image, name_of, number, other_sentence, pad_images, pad_tokens,
                   pretraining_index, print0, read_text, resized, to_pixels, to_rgb)
 from matcher import boxes_in_pixels, detection_target, hungarian_match, to_device
 from model import build_model, load_checkpoint
-from tasks import TASKS, best_classes, detection_scores, make_task
+from tasks import TASKS, best_boxes, detection_scores, make_task
 
 # --------------------------------------------------------------------------------------------------
 # Asking a model about many examples
@@ -55,11 +54,7 @@ class EvaluationSet(Dataset):
         self.examples, self.short, self.long, self.mean = examples, short, long, mean
 
     def pixels(self, file, upright):
-        try:
-            image = load_image(file, self.short, self.long, upright)
-        except Exception as error:
-            raise InputError(f"{file}: cannot be decoded ({error}); a score needs every image, "
-                             "mend it") from None
+        image = load_image(file, self.short, self.long, upright)
         if self.mean is not None:
             image = self.mean.resize(image.size)
         return to_pixels(image, self.short, self.long)
@@ -116,7 +111,7 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
 
 
 class Phrase(NamedTuple):
-    """A name of the label sets in a sentence, with the attribute words right before it."""
+    """A name of the label sets with the attribute words right before it ("small red circle")."""
 
     span: tuple[int, int]  # of the name: its first character and the one after its last
     label: int
@@ -126,10 +121,8 @@ class Phrase(NamedTuple):
 
 
 class Grounding:
-    """Finds object phrases in sentences and tells whether they are true of an image.
-
-    An object phrase is a name of the label sets with the attribute words right before it ("small
-    red circle"). It is true if one annotated object has that name and all of these attributes.
+    """Finds object phrases in sentences and tells whether they are true of an image: whether one
+    annotated object has that name and all of these attributes.
     """
 
     def __init__(self, names, examples):
@@ -238,13 +231,14 @@ def hide(tokens, hidden, mask):
 
 def make_probe(examples, index, grounding, tokenizer):
     """What is asked about an image with up to four of its sentences, the same for each model and
-    run, a dict: mlm: [(input, labels)], 15 % of the words masked; visual: the same with one word
-    that the image decides; itm: [(tokens, 1 or 0)], half of them another image's; foil: the same,
-    half with one grounded word made false.
+    run: {measure: questions}. mlm_accuracy: [(input, labels)], 15 % of the words masked; .._visual:
+    the same with one word that the image decides; itm_accuracy: [(tokens, 1 or 0)], half of them
+    another image's; .._foil: the same, half with one grounded word made false.
     """
     example = examples[index]
     facts = grounding.facts(example) or ()
-    probe = {"mlm": [], "visual": [], "itm": [], "foil": []}
+    probe = {"mlm_accuracy": [], "mlm_accuracy_visual": [], "itm_accuracy": [],
+             "itm_accuracy_foil": []}
     rng = random.Random(f"validation 0 {example.id}")
     count = min(4, len(example.sentences))
     for i, place in enumerate(rng.sample(range(len(example.sentences)), count)):
@@ -253,14 +247,15 @@ def make_probe(examples, index, grounding, tokenizer):
         make_false = (index + i) % 2 == 1
 
         labels = mask_tokens(tokens, tokenizer, rng)[1]
-        probe["mlm"].append(hide(tokens, [label >= 0 for label in labels], tokenizer.mask))
+        hidden = [label >= 0 for label in labels]
+        probe["mlm_accuracy"].append(hide(tokens, hidden, tokenizer.mask))
 
         if make_false:
             other = other_sentence(examples, index, place < example.captions, rng)
             if other is not None:
-                probe["itm"].append((tokenizer.encode(other), 0))
+                probe["itm_accuracy"].append((tokenizer.encode(other), 0))
         else:
-            probe["itm"].append((tokens, 1))
+            probe["itm_accuracy"].append((tokens, 1))
 
         words = grounding.grounded_words(facts, sentence)
         if not words:
@@ -268,30 +263,27 @@ def make_probe(examples, index, grounding, tokenizer):
         start, end, _ = rng.choice(words)
         hidden = [s < e and s >= start and e <= end for s, e in spans]
         if any(hidden):  # a long sentence is cut
-            probe["visual"].append(hide(tokens, hidden, tokenizer.mask))
+            probe["mlm_accuracy_visual"].append(hide(tokens, hidden, tokenizer.mask))
 
         words = [word for word in words if word[2]]
         if words and make_false:
             start, end, false = rng.choice(words)
             foil = sentence[:start] + rng.choice(false) + sentence[end:]
-            probe["foil"].append((tokenizer.encode(foil), 0))
+            probe["itm_accuracy_foil"].append((tokenizer.encode(foil), 0))
         elif words:
-            probe["foil"].append((tokens, 1))
+            probe["itm_accuracy_foil"].append((tokens, 1))
     return probe
 
 
 def prepare_probes(tokenizer, names, examples):
-    """What `measure` needs at each validation: (Grounding, a probe of each image, the mean image).
-    """
+    """What `measure` asks at each validation: (Grounding, each image's probe, the mean image)."""
     grounding = Grounding(names, examples)
     probes = [make_probe(examples, i, grounding, tokenizer) for i in range(len(examples))]
     return grounding, probes, mean_image([example.files[0] for example in examples[:500]])
 
 
 def probes_right(model, tokenizer, grid, probes, kind):
-    """Whether each answer to the probes of one kind is right, a list; grid: of the images that the
-    probes are about.
-    """
+    """[is it right?] of the answers to the probes of one kind; grid: of the images asked about."""
     rows = [(row, *pair) for row, probe in enumerate(probes) for pair in probe[kind]]
     if not rows:
         return []
@@ -300,7 +292,7 @@ def probes_right(model, tokenizer, grid, probes, kind):
     tokens = pad_tokens(sentences, tokenizer.pad).to(device)
     states = model.encode(grid.select(torch.tensor(images, device=device)), tokens).states
 
-    if kind in ("itm", "foil"):
+    if kind.startswith("itm"):
         guesses = model.itm(states[:, 0]).argmax(-1).tolist()
         return [guess == answer for guess, answer in zip(guesses, answers)]
 
@@ -310,23 +302,15 @@ def probes_right(model, tokenizer, grid, probes, kind):
     logits = model.mlm_logits(states[:, :tokens.shape[1]][hidden])
     right[hidden] = logits.argmax(-1) == labels[hidden]
     # Each masked token counts, but a visual word of several is right if all of them are
-    return (right[hidden] if kind == "mlm" else right.all(1)).tolist()
+    return (right[hidden] if kind == "mlm_accuracy" else right.all(1)).tolist()
 
 
-def boxes_found(objects, numbers, examples):
-    """The results of `average_precision`: a box of each query for the images of these numbers."""
-    results = []
-    for i, scores, labels, boxes in zip(numbers, *(x.cpu() for x in best_classes(objects, "coco"))):
-        boxes = boxes_in_pixels(boxes, examples[i].size).tolist()
-        for score, label, box in zip(scores.tolist(), labels.tolist(), boxes):
-            results.append({"image_id": i, "category_id": label, "bbox": box, "score": score})
-    return results
-
-
-def average_precision(examples, results, classes):
-    """(AP, AP50) of COCO's boxes by pycocotools. results: dicts of image_id (a number in
-    `examples`), category_id, bbox, score. Crowd regions are absent, not ignored as officially.
+def average_precision(examples, found, classes):
+    """{"AP", "AP50"} of COCO's boxes by pycocotools. found: {number of an example: what
+    tasks.best_boxes says of it}. Crowd regions are absent, not ignored as officially.
     """
+    results = [{"image_id": i, "category_id": label, "bbox": box, "score": score}
+               for i, boxes in found.items() for label, box, score in boxes]
     annotations = []
     for image_id, example in enumerate(examples):
         boxes = torch.tensor(example.coco.boxes).view(-1, 4)
@@ -337,24 +321,21 @@ def average_precision(examples, results, classes):
     truth = {"info": {}, "images": [{"id": i} for i in range(len(examples))],
              "annotations": annotations, "categories": [{"id": i} for i in range(classes)]}
     scores = detection_scores(results, truth)
-    return scores["AP"], scores["AP50"]
+    return {"AP": scores["AP"], "AP50": scores["AP50"]}
 
 
-def duplicates_and_missed(examples, results):
-    """Two counts for each annotated object, of predictions with a score over 0.5: those that find
-    again what a surer one has found (same class, IoU over 0.5), and objects that none finds. A
-    detector that learns from a set finds each object once; AP hardly tells, since it asks for the
-    surest predictions first.
+def duplicates_and_missed(examples, found):
+    """Counts for each annotated object, of predictions with a score over 0.5. duplicates: those
+    that find again what a surer one has found (same class, IoU over 0.5); missed: objects that none
+    finds. A detector that learns from a set finds each object once; AP hardly tells, since it asks
+    for the surest predictions first. found: as for `average_precision`.
     """
-    sure = defaultdict(list)
-    for result in sorted(results, key=lambda result: -result["score"]):
-        if result["score"] > 0.5:
-            sure[result["image_id"]].append(result)
     objects = duplicates = missed = 0
     for i, example in enumerate(examples):
-        found = sure[i]
-        boxes = torch.tensor([result["bbox"] for result in found]).view(-1, 4)
-        labels = torch.tensor([result["category_id"] for result in found])
+        sure = [answer for answer in found.get(i, ()) if answer[2] > 0.5]
+        sure.sort(key=lambda answer: -answer[2])
+        boxes = torch.tensor([box for _, box, _ in sure]).view(-1, 4)
+        labels = torch.tensor([label for label, _, _ in sure])
         true_boxes = boxes_in_pixels(torch.tensor(example.coco.boxes).view(-1, 4), example.size)
         true_labels = torch.tensor(example.coco.labels)
         corners, true_corners = (box_convert(b, "xywh", "xyxy") for b in (boxes, true_boxes))
@@ -364,7 +345,7 @@ def duplicates_and_missed(examples, results):
         hits = (box_iou(true_corners, corners) > 0.5) & (true_labels[:, None] == labels)
         missed += (~hits.any(1)).sum().item()
         objects += len(true_boxes)
-    return duplicates / max(1, objects), missed / max(1, objects)
+    return {"duplicates": duplicates / max(1, objects), "missed": missed / max(1, objects)}
 
 
 def attributes_right(objects, batch):
@@ -400,23 +381,19 @@ def measure(model, tokenizer, names, examples, probes, *, without=(), device="cp
     """
     model.eval()
     grounding, asked, mean = probes
-    kinds = {"mlm": "mlm_accuracy", "visual": "mlm_accuracy_visual", "itm": "itm_accuracy",
-             "foil": "itm_accuracy_foil"}
-    if "mlm" in without:
-        del kinds["mlm"], kinds["visual"]
-    if "itm" in without:
-        del kinds["itm"], kinds["foil"]
+    kinds = [kind for kind in asked[0] if kind.split("_")[0] not in without]  # mlm.., itm..
     detects = names["coco"] and "detection" not in without
     tally = defaultdict(list)  # measure -> how right (0 .. 1) each answer is; for AP the boxes
     batches = evaluation_batches(examples, range(len(examples)), rank=rank, world=world,
                                  mean=mean if blind else None, **loading)
     for numbers, images, sizes, padded in batches:
         batch = [examples[i] for i in numbers]
+        image_sizes = [example.size for example in batch]  # sizes: of what the model sees
         batch_probes = [asked[i] for i in numbers]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
             grid = model.encode_image(images.to(device), sizes.to(device), padded)
-            for kind, name in kinds.items():
-                tally[name] += probes_right(model, tokenizer, grid, batch_probes, kind)
+            for kind in kinds:
+                tally[kind] += probes_right(model, tokenizer, grid, batch_probes, kind)
 
             # Objects, with the image's own sentence, with the next image's, and without
             alone = model.encode(grid)
@@ -425,9 +402,9 @@ def measure(model, tokenizer, names, examples, probes, *, without=(), device="cp
                     read = [examples[(i + further) % len(examples)].sentences[0] for i in numbers]
                     tokens = pad_tokens([tokenizer.encode(text) for text in read], tokenizer.pad)
                     objects = model.detect(model.encode(grid, tokens.to(device)))
-                    tally[name] += boxes_found(objects, numbers, examples)
+                    tally[name] += zip(numbers, best_boxes(objects, "coco", image_sizes))
                 objects = model.detect(alone)
-                tally["AP_no_sentence"] += boxes_found(objects, numbers, examples)
+                tally["AP_no_sentence"] += zip(numbers, best_boxes(objects, "coco", image_sizes))
                 if "attributes" not in without:
                     tally["attribute_accuracy"] += attributes_right(objects, batch)
 
@@ -444,23 +421,19 @@ def measure(model, tokenizer, names, examples, probes, *, without=(), device="cp
     for name in shares[0]:
         values = [value for share in shares for value in share[name]]
         if name.startswith("AP"):
-            precision = average_precision(examples, values, len(names["coco"]))
-            measures[name], measures[name.replace("AP", "AP50")] = precision
-            shares_of_objects = duplicates_and_missed(examples, values)
-            for kind, value in zip(("duplicates", "missed"), shares_of_objects):
-                measures[name.replace("AP", kind)] = value
+            found = {**average_precision(examples, dict(values), len(names["coco"])),
+                     **duplicates_and_missed(examples, dict(values))}
+            measures.update({name.replace("AP", kind): value for kind, value in found.items()})
         elif values:
             measures[name] = sum(values) / len(values)
     return measures
 
 
 def measure_with_blind(*inputs, **settings):
-    """{"val_...": the measures, "blind_...": the same with every image replaced by the mean
-    image}."""
-    seen = measure(*inputs, **settings)
-    blind = measure(*inputs, blind=True, **settings)
-    return {**{f"val_{name}": value for name, value in seen.items()},
-            **{f"blind_{name}": value for name, value in blind.items()}}
+    """{"val_...": the measures, "blind_...": the same with each image replaced by the mean image}.
+    """
+    return {f"{kind}_{name}": value for kind in ("val", "blind")
+            for name, value in measure(*inputs, blind=kind == "blind", **settings).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,19 +447,21 @@ class Predictor:
     (EXIF) is applied. What a checkpoint cannot do is an InputError that says what it can.
     """
 
-    def __init__(self, checkpoint, device=None, beam=4, model=None):
-        """device: by default a GPU if there is one; beam: of captions; model: of a checkpoint that
-        is in memory already, a dict with vocabulary, names and args.
+    def __init__(self, checkpoint, device=None, model=None):
+        """device: by default a GPU if there is one; model: of a checkpoint that is in memory
+        already, a dict with vocabulary, names and args.
         """
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.beam, self.source = beam, checkpoint
+        self.source = checkpoint
         state = load_checkpoint(checkpoint) if model is None else checkpoint
-        self.model = (model or build_model(state, checkpoint)).to(self.device).eval()
+        model = model or build_model(state, checkpoint).requires_grad_(False)
+        self.model = model.to(self.device).eval()
         self.names, self.flags = state["names"], state["args"]
         self.tokenizer = Tokenizer(state["vocabulary"], self.model.config.max_tokens)
         self.short, self.long = max(self.flags["short_sides"]), self.flags["long_side"]
         without = self.flags.get("without", ())
         self.task = self.model.config.task
+        self.kind = f"fine-tuned for {self.task}" if self.task else "pre-trained"
         if self.task:
             self.can = TASKS[self.task].can
         else:
@@ -497,8 +472,7 @@ class Predictor:
 
     def require(self, ability):
         if ability not in self.can:
-            kind = f"fine-tuned for {self.task}" if self.task else "pre-trained"
-            raise InputError(f"{self.source}: is {kind}, and cannot {ability}; it can "
+            raise InputError(f"{self.source}: is {self.kind}, and cannot {ability}; it can "
                              f"{', '.join(self.can) or 'be scored (--task)'}")
 
     def open(self, image):
@@ -507,11 +481,7 @@ class Predictor:
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             return to_rgb(ImageOps.exif_transpose(image))
-        try:
-            return load_image(image)
-        except Exception as error:  # Pillow raises many kinds
-            raise InputError(f"{image}: cannot be read ({error}); images are of kind "
-                             f"{', '.join(FORMATS)}") from None
+        return load_image(image)
 
     def encode(self, *images, sentence=None):
         """(the grid of the images, the sentence's tokens (1, T) or None)."""
@@ -525,15 +495,13 @@ class Predictor:
                              "sentence away")
         return grid, torch.tensor([self.tokenizer.encode(sentence)], device=self.device)
 
-    @torch.no_grad()
-    def caption(self, image):
+    def caption(self, image, beam=4):
         """A sentence, by beam search."""
         self.require("caption")
         memory = self.model.encode(*self.encode(image))
-        (pieces, _), = self.model.generate(memory, beam=self.beam)
+        (pieces, _), = self.model.generate(memory, beam=beam)
         return self.tokenizer.decode(pieces)
 
-    @torch.no_grad()
     def detect(self, image, threshold=0.5, sentence=None):
         """[{"label", "attributes": [...], "score", "box": [x, y, w, h] in pixels}], the surest
         first. sentence: one that the encoder reads beside the image.
@@ -541,33 +509,29 @@ class Predictor:
         self.require("detect")
         image = self.open(image)
         objects = self.model.detect(self.model.encode(*self.encode(image, sentence=sentence)))
-        return [found for _, found in self.read_objects(objects, image, threshold)]
+        return self.read_objects(objects, image, threshold)[1]
 
     def read_objects(self, objects, image, threshold):
-        """[(query, what `detect` returns of it)] of what model.detect gave for one image."""
-        scores, labels, boxes = (x[0].cpu() for x in best_classes(objects, self.labels))
-        boxes = boxes_in_pixels(boxes, image.size[::-1])
+        """(the queries that find something, what `detect` returns) of model.detect's output."""
+        (boxes,) = best_boxes(objects, self.labels, [image.size[::-1]])
         attributes = objects["attributes"][-1, 0].softmax(-1).cpu()
+        queries = [q for q, (_, _, score) in enumerate(boxes) if score > threshold]
+        queries.sort(key=lambda q: -boxes[q][2])
         found = []
-        for q in scores.argsort(descending=True).tolist():
-            if scores[q] <= threshold:
-                break
+        for q in queries:
+            label, box, score = boxes[q]
             # A box's attributes share one softmax, so k of them come to about 1 / k each
             likely = (attributes[q] > 0.15).nonzero().flatten().tolist()
             names = [name_of(self.names, "attributes", a) for a in likely if self.attributes]
-            found.append((q, {"label": name_of(self.names, self.labels, labels[q]),
-                              "attributes": names,
-                              "score": round(scores[q].item(), 4),
-                              "box": [round(v, 1) for v in boxes[q].tolist()]}))
-        return found
+            found.append({"label": name_of(self.names, self.labels, label), "attributes": names,
+                          "score": round(score, 4), "box": [round(v, 1) for v in box]})
+        return queries, found
 
-    @torch.no_grad()
     def match(self, image, sentence):
         """The probability that the sentence belongs to the image."""
         self.require("match")
         return self.model.similarity(*self.encode(image, sentence=sentence)).sigmoid().item()
 
-    @torch.no_grad()
     def answer(self, image, question):
         """[(answer, probability)], the five likeliest; each has its own sigmoid."""
         self.require("answer")
@@ -576,14 +540,12 @@ class Predictor:
         return [(self.names["answers"][a], round(p, 4))
                 for p, a in zip(best.values.tolist(), best.indices.tolist())]
 
-    @torch.no_grad()
     def judge(self, left, right, statement):
         """The probability that a statement about two images is true."""
         self.require("judge")
         logits = self.model.classify(*self.encode(left, right, sentence=statement))
         return logits[0].softmax(-1)[1].item()
 
-    @torch.no_grad()
     def attention(self, image, sentence=None, threshold=0.5):
         """Where each word and each object looks, a dict: words: the T pieces of the sentence;
         encoder (L, T, T + S): each word's attention by layer, mean over heads; objects: as `detect`
@@ -593,7 +555,7 @@ class Predictor:
         height, width = resized(image.height, image.width, self.short, self.long)
         stride = self.model.config.stride
         grid, tokens = self.encode(image, sentence=sentence)
-        by_word = record_attention(layer.attention for layer in self.model.encoder)
+        by_word = record_attention(layer.self_attention for layer in self.model.encoder)
         memory = self.model.encode(grid, tokens)
         words = [] if tokens is None else tokens[0].tolist()
         found = {"words": [self.tokenizer.vocabulary[token] for token in words],
@@ -602,9 +564,8 @@ class Predictor:
                  "grid": (math.ceil(height / stride), math.ceil(width / stride))}
         if "detect" in self.can:
             by_query = record_attention(layer.cross_attention for layer in self.model.decoder)
-            detected = self.read_objects(self.model.detect(memory), image, threshold)
-            queries = [query for query, _ in detected]
-            found["objects"] = [thing for _, thing in detected]
+            objects = self.model.detect(memory)
+            queries, found["objects"] = self.read_objects(objects, image, threshold)
             found["decoder"] = torch.stack([weights[0, queries] for weights in by_query])
         return found
 
@@ -620,7 +581,7 @@ def record_attention(modules):
         scores = module.split(module.q(query)) @ k.transpose(-1, -2) / math.sqrt(k.shape[-1])
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -math.inf)
-        weights.append(scores.softmax(-1).mean(1).cpu())
+        weights.append(scores.float().softmax(-1).mean(1).cpu())
         handles[module].remove()
 
     handles = {module: module.register_forward_hook(hook) for module in modules}
@@ -655,19 +616,17 @@ def true_objects(example, names, source):
             for label, box, its in zip(objects.labels, boxes, attributes)]
 
 
-def draw_sheet(path, model, tokenizer, names, examples, without=(), *, short, long, device="cpu"):
+@torch.no_grad()
+def draw_sheet(path, predictor, examples):
     """A PNG of held-out images: truth on the left, on the right what the model says."""
-    flags = {"short_sides": [short], "long_side": long, "without": without}
-    state = {"vocabulary": tokenizer.vocabulary, "names": names, "args": flags}
-    predictor = Predictor(state, device, beam=1, model=model)
     rows = math.ceil(len(examples) / 2)
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     for n, example in enumerate(examples):
         left, right = (figure.add_subplot(rows, 4, 2 * n + side) for side in (1, 2))
         image = load_image(example.files[0], upright=example.upright)
-        truth = true_objects(example, names, predictor.labels)
+        truth = true_objects(example, predictor.names, predictor.labels)
         show_objects(left, image, truth, f"true: {example.sentences[0]}")
-        caption = predictor.caption(image) if "caption" in predictor.can else ""
+        caption = predictor.caption(image, beam=1) if "caption" in predictor.can else ""
         found = predictor.detect(image) if "detect" in predictor.can else []
         show_objects(right, image, found, f"says: {caption}")
     figure.savefig(path)
@@ -677,7 +636,7 @@ def draw_curves(folders, path):
     """A PNG of runs' losses and measures, a colour a run; blind ones dashed, majority's dotted."""
     runs = []
     for folder in folders:
-        text = read_text(os.path.join(folder, "log.jsonl"), "the curves of a run")
+        text = read_text(os.path.join(folder, "log.jsonl"))
         lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last may be cut off
         runs.append((os.path.basename(os.path.normpath(folder)), lines))
     keys = dict.fromkeys(key for _, lines in runs for line in lines for key in line)
@@ -712,23 +671,21 @@ def draw_attention(path, image, found, kind):
     layers, rows = weights.shape[:2]
     figure = Figure(figsize=(1.5 * layers + 1, 1.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, layers, squeeze=False)
-    # Cell i of the ResNet's grid is about pixel i * stride: the cells' squares begin half a cell
-    # before
+    # Cell i is about pixel i * stride, the centre of its square: squares begin half a cell before
     x, y = image.width / W, image.height / H
     extent = (-x / 2, image.width - x / 2, image.height - y / 2, -y / 2)
-    for row in range(rows):
-        for layer in range(layers):
-            ax = axes[row][layer]
-            cells = weights[layer, row, T:]
-            ax.imshow(image.convert("L"), cmap="gray")
-            ax.imshow(cells.view(H, W).numpy(), cmap="hot", alpha=0.6, extent=extent,
-                      interpolation="bilinear")
-            ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
-            ax.set_title(f"layer {layer + 1}: {cells.sum():.0%} on the image", fontsize=5)
-            if kind == "objects":
-                bx, by, bw, bh = found["objects"][row]["box"]
-                ax.add_patch(Rectangle((bx, by), bw, bh, fill=False, edgecolor="cyan"))
-        axes[row][0].set_ylabel(names[row], fontsize=7)
+    for (row, layer), ax in np.ndenumerate(axes):
+        cells = weights[layer, row, T:]
+        ax.imshow(image.convert("L"), cmap="gray")
+        ax.imshow(cells.view(H, W).numpy(), cmap="hot", alpha=0.6, extent=extent,
+                  interpolation="bilinear")
+        ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
+        ax.set_title(f"layer {layer + 1}: {cells.sum():.0%} on the image", fontsize=5)
+        if layer == 0:
+            ax.set_ylabel(names[row], fontsize=7)
+        if kind == "objects":
+            bx, by, bw, bh = found["objects"][row]["box"]
+            ax.add_patch(Rectangle((bx, by), bw, bh, fill=False, edgecolor="cyan"))
     figure.savefig(path)
 
 
@@ -782,12 +739,10 @@ def parse(argv):
     g.add_argument("--threshold", type=number(float, 0, 1), default=0.5, metavar="P",
                    help="objects: least probability")
     args = parser.parse_args(argv)
-    for flag, needed in (("data", "checkpoint"), ("pairs", "checkpoint"), ("pairs", "pairs_images"),
-                         ("val_annotations", "checkpoint"), ("val_annotations", "val_images"),
-                         ("image", "checkpoint"), ("score", "task"), ("score", "against"),
+    for flag, needed in (("data", "checkpoint"), ("pairs", "checkpoint"), ("image", "checkpoint"),
+                         ("val_annotations", "checkpoint"), ("score", "task"), ("score", "against"),
                          ("curves", "output"), ("attention", "output")):
         if getattr(args, flag) and not getattr(args, needed):
-            needed = needed.removeprefix("pairs_")
             raise InputError(f"--{flag}: needs --{needed}".replace("_", "-"))
     try:  # now, not after hours
         if args.output:
@@ -799,16 +754,21 @@ def parse(argv):
     return args
 
 
-def run_data(args):
-    """{measure: value} of a checkpoint on a data set. Collective."""
+def run_model(args):
+    """What the flags ask of a checkpoint: ({measure: value} on a data set, collective, or a list of
+    answers about images, the exit code).
+    """
     rank, world, device = init_processes(args.device)
     predictor = Predictor(args.checkpoint, device)
-    settings = {"short": predictor.short, "long": predictor.long, "device": device,
-                "amp": args.amp == "bf16", "batch_size": args.batch_size, "workers": args.workers,
-                "rank": rank, "world": world}
-    if args.task or predictor.task:
-        return score_task(args, predictor, settings)
-    return measure_pretrained(args, predictor, settings)
+    amp = args.amp == "bf16"
+    if args.image:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            return run_images(args, predictor)
+    settings = {"short": predictor.short, "long": predictor.long, "device": device, "amp": amp,
+                "batch_size": args.batch_size, "workers": args.workers, "rank": rank,
+                "world": world}
+    score = score_task if args.task or predictor.task else measure_pretrained
+    return score(args, predictor, settings), 0
 
 
 def check_classes(found, known, source):
@@ -821,14 +781,10 @@ def check_classes(found, known, source):
 
 def score_task(args, predictor, settings):
     """The official scores of a task; with --submit also its result file."""
-    trained, names = predictor.task, predictor.names
-    name = args.task or trained
-    if name != trained and (trained or TASKS[name].new_head):
-        raise InputError(f"--task {name}: {args.checkpoint} is "
-                         f"{f'fine-tuned for {trained}' if trained else 'pre-trained only'}")
-    own = {key: getattr(args, key) for key in ("pairs", "pairs_images", "val_annotations",
-                                               "val_images")}
-    task = make_task(name, {**predictor.flags, "train_annotations": None, **own, "beam": args.beam,
+    name, names = args.task or predictor.task, predictor.names
+    if name != predictor.task and (predictor.task or TASKS[name].new_head):
+        raise InputError(f"--task {name}: {args.checkpoint} is {predictor.kind}")
+    task = make_task(name, {**predictor.flags, **vars(args), "train_annotations": None,
                             "meteor": True})
     task.labels, task.names = names.get("answers", ()), names
     split = args.split or "val"
@@ -848,9 +804,9 @@ def score_task(args, predictor, settings):
 
 def measure_pretrained(args, predictor, settings):
     """The measures of pre-training, blind ones beside them; with --output also the sheet."""
-    if args.submit or args.split:
-        raise InputError("--submit and --split: need a --task")
-    model, tokenizer, names = predictor.model, predictor.tokenizer, predictor.names
+    if args.submit or args.split or args.val_annotations:
+        raise InputError("--submit, --split and --val-annotations: need a --task")
+    tokenizer, names = predictor.tokenizer, predictor.names
     data = pretraining_index(args.data, predictor.flags["sets"], args.index, print0, args.pairs,
                              args.pairs_images)
     if not args.pairs and data["names"] != {key: names[key] for key in data["names"]}:
@@ -860,11 +816,9 @@ def measure_pretrained(args, predictor, settings):
         raise InputError(f"--data {args.data}: has no held-out images")
     examples = decodable(data["val"][:args.examples or 1000], print0)
     if args.output and settings["rank"] == 0:
-        draw_sheet(f"{args.output}/sheet.png", model, tokenizer, names, examples[:12],
-                   predictor.flags["without"], device=predictor.device, short=predictor.short,
-                   long=predictor.long)
+        draw_sheet(f"{args.output}/sheet.png", predictor, examples[:12])
     probes = prepare_probes(tokenizer, names, examples)
-    return measure_with_blind(model, tokenizer, data["names"], examples, probes,
+    return measure_with_blind(predictor.model, tokenizer, data["names"], examples, probes,
                               without=predictor.flags["without"], **settings)
 
 
@@ -878,7 +832,7 @@ def ask(predictor, image, args):
     if args.sentence and "match" in predictor.can:
         answer["match"] = predictor.match(image, args.sentence)
     if "caption" in predictor.can:
-        answer["caption"] = predictor.caption(image)
+        answer["caption"] = predictor.caption(image, args.beam)
     if "detect" in predictor.can:
         answer["objects"] = predictor.detect(image, args.threshold, args.sentence)
     if not answer:  # it can do nothing of this
@@ -899,12 +853,8 @@ def draw_answer(stem, predictor, image, answer, args):
                 draw_attention(f"{stem}-{kind}.png", image, found, kind)
 
 
-def run_images(args):
+def run_images(args, predictor):
     """(answers, exit code). An image that cannot be read is named and left out: code 2."""
-    _, _, device = init_processes(args.device)
-    predictor = Predictor(args.checkpoint, device, args.beam)
-    precision = torch.autocast(torch.device(device).type, torch.bfloat16,
-                               enabled=args.amp == "bf16")
     files = []
     for path in args.image:
         inside = sorted(glob.glob(f"{glob.escape(path)}/*"))  # if it is a folder
@@ -912,22 +862,19 @@ def run_images(args):
     if args.statement:
         if len(files) != 2:
             raise InputError("--statement: needs two images, left and right")
-        with precision:
-            probability = predictor.judge(*files, args.statement)
-        answer = {"images": files, "statement": args.statement, "probability": probability}
+        answer = {"images": files, "statement": args.statement,
+                  "probability": predictor.judge(*files, args.statement)}
         pprint.pprint(answer, sort_dicts=False, width=140)
         return [answer], 0
 
-    answers, code = [], 0
+    answers = []
     for n, file in enumerate(files, 1):
         try:
             image = predictor.open(file)
         except InputError as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
-            code = 2
             continue
-        with precision:
-            answer = ask(predictor, image, args)
+        answer = ask(predictor, image, args)
         answers.append({"image": file, "width": image.width, "height": image.height, **answer})
         if not args.find:
             pprint.pprint(answers[-1], sort_dicts=False, width=140)
@@ -938,7 +885,7 @@ def run_images(args):
         answers.sort(key=lambda answer: -answer["match"])
         for answer in answers[:20]:
             print(f"{answer['match']:.2f}  {answer['image']}")
-    return answers, code
+    return answers, 2 if len(answers) < len(files) else 0
 
 
 def main(argv=None):
@@ -947,18 +894,16 @@ def main(argv=None):
         code = 0
         if args.curves:
             return draw_curves(args.curves, os.path.join(args.output, "curves.png"))
-        if args.image:
-            found, code = run_images(args)
-        elif not args.score:
-            found = run_data(args)
-        else:
+        if args.score:
             task = make_task(args.task, {"meteor": True})
             found = task.score_file(args.score, args.against, args.split or "test", args.questions)
+        else:
+            found, code = run_model(args)
         if isinstance(found, dict):
             print0("\n".join(f"{name:28} {value:.3f}" for name, value in found.items()))
         if args.json and int(os.environ.get("RANK", 0)) == 0:
-            with open(args.json, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(found), indent=1))
+            with open(args.json, "w") as file:
+                json.dump(found, file, indent=1)
         return code
 
     return command("evaluate.py", work)

@@ -17,18 +17,17 @@ import math
 import os
 import random
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import (LONG_SIDE, SHORT_SIDES, InputError, Tokenizer, add_box_flags, command, describe,
-                  gather, load_images, number, other_sentence, pad_images, pad_tokens, print0,
-                  to_pixels)
+from data import (InputError, Tokenizer, add_box_flags, command, describe, load_images, number,
+                  other_sentence, pad_images, pad_tokens, print0, to_pixels)
 from evaluate import check_classes, draw_curves, predict
-from matcher import LOSS_WEIGHTS
+from matcher import LOSS_WEIGHTS, no_object_weight
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
 from pretrain import (FILE_FLAGS, MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, check_file_flags,
                       new_model, parse_resumed, shared_flags, train)
@@ -44,14 +43,14 @@ class TaskSet(Dataset):
     together is drawn anew in each epoch.
     """
 
-    def __init__(self, task, examples, tokenizer, *, short_sides=SHORT_SIDES, long_side=LONG_SIDE,
-                 sentences_per_image=1, most=0, seed=0):
-        """examples: MmapList; most: use only the first so many (0: all)."""
-        self.task, self.examples, self.tokenizer, self.seed = task, examples, tokenizer, seed
-        self.short_sides, self.long_side, self.K = short_sides, long_side, sentences_per_image
+    def __init__(self, task, examples, tokenizer, args):
+        """examples: MmapList; args: the flags."""
+        self.task, self.examples, self.tokenizer, self.seed = task, examples, tokenizer, args.seed
+        self.short_sides, self.long_side = args.short_sides, args.long_side
+        self.K = args.sentences_per_picture
         # Item n has the examples order[starts[n]:starts[n + 1]], all about one image; by sentence
         # they are one example so often
-        self.count = min(len(examples), most or len(examples))
+        self.count = min(len(examples), args.train_examples or len(examples))
         if task.by_sentence:
             sentences = [len(examples[i].sentences) for i in range(self.count)]
             self.order = ordered = np.repeat(np.arange(self.count), sentences)
@@ -164,10 +163,16 @@ def parse(argv):
                    help="epochs between two validations")
     g.add_argument("--val-examples", type=number(int, 0), default=0, metavar="N",
                    help="validate on the first ones only; 0: all")
+    g.add_argument("--train-splits", nargs="+", choices=("train", "val"), default=["train"],
+                   help="train val for VQA's test-dev: nothing is validated then, best.pt is the "
+                   "last checkpoint")
     add_box_flags(parser.add_argument_group("detection on boxes of your own"))
     g = parser.add_argument_group("flags of one task")
     for task in TASKS.values():
-        task.add_flags(g)
+        for field in fields(task):
+            if field.metadata:  # made by tasks.flag
+                name = "--" + field.name.replace("_", "-")
+                g.add_argument(name, default=field.default, **field.metadata)
     # lr_head, a setting without a flag: a new classifier's rate, as a multiple of --lr
     parser.set_defaults(epochs=12, output="runs/TASK", lr_head=1.0)
     args = parser.parse_args(argv)
@@ -183,7 +188,7 @@ def parse(argv):
         if args.init not in (None, "none"):
             parser.set_defaults(**dict.fromkeys(FILE_FLAGS), vocab=None)
     args, state = parse_resumed(parser, argv, fixed=(
-        *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "answers", "augment",
+        *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "augment",
         "train_splits"))
     if state is None and not (args.task and args.init):
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume FILE")
@@ -223,15 +228,10 @@ def initial_model(args, task, names):
 
 
 def check_task_flags(args, task):
-    """InputError for a flag that the task does not have."""
-    own = [flag for flag in ("pairs", "train_annotations", "val_annotations")
-           if getattr(args, flag) and not hasattr(task, flag)]
-    if own:
-        raise InputError(f"--{own[0].replace('_', '-')}: --task {task.name} does not read it")
-    if args.augment != "none" and not hasattr(task, "augment"):
-        raise InputError(f"--augment {args.augment}: --task {task.name} reads a sentence")
-    if list(args.train_splits) != list(task.train_splits):
-        raise InputError(f"--train-splits: --task {task.name} has train alone")
+    """InputError for a flag that would do nothing, since the task does not have it."""
+    for flag in ("pairs", "train_annotations", "val_annotations", "augment"):
+        if getattr(args, flag) not in (None, "none") and not hasattr(task, flag):
+            raise InputError(f"--{flag.replace('_', '-')}: --task {task.name} does not have it")
 
 
 def first_or_resumed_model(args, state, task, index):
@@ -245,8 +245,9 @@ def first_or_resumed_model(args, state, task, index):
         return model, Tokenizer(state["vocabulary"], model.config.max_tokens), state["names"]
     names["answers"] = []
     if task.new_head:
-        names["answers"] = task.choose_labels(index["train"]["targets"], index["val"]["targets"],
-                                              print0)
+        # What is trained on is counted already
+        val_targets = {} if "val" in args.train_splits else index["val"]["targets"]
+        names["answers"] = task.choose_labels(index["train"]["targets"], val_targets, print0)
     return initial_model(args, task, names)
 
 
@@ -271,7 +272,7 @@ def parameter_groups(args, model, task):
 
 def validate(run, task, val):
     """Score the validation examples, and the first ones blind; log, draw, keep the best."""
-    if "val" in task.train_splits:
+    if "val" in run.args.train_splits:
         run.save("best.pt", scores={}, optimizer=None)
         return
     scores = {}
@@ -305,7 +306,7 @@ def finetune(args, state):
     run = Run(args, state)
     task = make_task(args.task, vars(args))
     check_task_flags(args, task)
-    index = {"train": task.index(args.data, "+".join(task.train_splits), args.index, print0),
+    index = {"train": task.index(args.data, "+".join(args.train_splits), args.index, print0),
              "val": task.index(args.data, "val", args.index, print0)}
     check_classes(index["val"]["names"], index["train"]["names"], "the training file")
     train_examples, val = index["train"]["examples"], index["val"]["examples"]
@@ -315,15 +316,12 @@ def finetune(args, state):
     task.labels, task.names = names["answers"], names
     model.to(run.device)
     queries = model.config.queries
-    mean_objects = 0.0
-    if run.rank == 0:
-        mean_objects = describe("train", train_examples, names, queries, tokenizer, print0)
-        describe("val", val, {**names, **index["val"]["names"]}, queries, tokenizer, print0)
-    task.set_balance(gather(mean_objects)[0], queries)
+    mean_objects = describe("train", train_examples, names, queries, tokenizer, print0)
+    describe("val", val, {**names, **index["val"]["names"]}, queries, tokenizer, print0)
+    if getattr(task, "no_object_weight", 0) is None:  # what balances, as in pre-training
+        task.no_object_weight = no_object_weight(mean_objects, queries)
 
-    dataset = TaskSet(task, train_examples, tokenizer, short_sides=args.short_sides,
-                      long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
-                      most=args.train_examples, seed=args.seed)
+    dataset = TaskSet(task, train_examples, tokenizer, args)
     print0(f"{task.name}: an epoch is {len(dataset.order)} "
            f"{'pairs' if task.by_sentence else 'examples'} in {len(dataset)} items, "
            f"{len(dataset) / args.batch_size:.1f} steps; {len(val)} examples to validate"
@@ -333,7 +331,7 @@ def finetune(args, state):
     run.kept["best"] = state["best"] if state is not None else -math.inf
     loader = run.loader(dataset, dataset.sizes, functools.partial(collate_task, pad=tokenizer.pad))
 
-    if "val" in task.train_splits:
+    if "val" in args.train_splits:
         print0("val is trained on, so nothing is validated: best.pt is the last checkpoint")
     elif task.labels and state is None:
         log_majority(run, task, index["train"]["targets"], val)
@@ -342,15 +340,12 @@ def finetune(args, state):
     if run.rank == 0:
         task.score(answers, val[:2], args.data, "val")
 
-    def decay(step, progress):
-        return 0.1 ** sum(step / run.per_epoch >= epoch for epoch in args.decay)
-
     def validation_due(step):
         return step / run.per_epoch // args.val_every > (step - 1) / run.per_epoch // args.val_every
 
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
     weights = {**LOSS_WEIGHTS, **dict.fromkeys(task.logged, 0.0)}
-    code = train(run, objective, loader, optimizer, weights, decay,
+    code = train(run, objective, loader, optimizer, weights,
                  functools.partial(validate, run, task, val), validation_due)
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]

@@ -16,17 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torchvision.ops import box_convert
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, generalized_box_iou
 
 NO_OBJECT_WEIGHT = 0.1  # DETR's, see `no_object_weight`
 # The weights of the named losses in L_v (DETR's; the attributes' is ours). `hungarian_match` weighs
 # its costs by the same numbers, whatever --loss-weights says.
 LOSS_WEIGHTS = {"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_attribute": 1.0}
-
-
-def full_precision(x):
-    """bf16 and fp16 have too few digits for differences of areas; float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def to_device(value, device):
@@ -58,31 +54,6 @@ def boxes_in_pixels(boxes, size):
     return box_convert(boxes, "cxcywh", "xywh") * boxes.new_tensor([width, height, width, height])
 
 
-def generalized_box_iou(a, b):
-    """GIoU of boxes xyxy, elementwise with broadcasting: a[:, None], b[None] gives all pairs.
-
-    Range -1 .. 1. IoU alone is 0 for all boxes that do not touch, however far apart, and gives no
-    gradient there. GIoU subtracts the empty share of the smallest box around both, so it still says
-    in which direction to move (Rezatofighi et al. 2019). Corners must be in order (x0 <= x1); those
-    of boxes made of centre and size are.
-    """
-    a, b = full_precision(a), full_precision(b)
-    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
-    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-
-    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    inner = inner.clamp(min=0)
-    intersection = inner[..., 0] * inner[..., 1]
-    union = area_a + area_b - intersection
-
-    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    enclosing = outer[..., 0] * outer[..., 1]
-
-    tiny = torch.finfo(a.dtype).tiny  # two boxes without area: 0 / tiny is 0, 0 / 0 would be NaN
-    iou = intersection / union.clamp(min=tiny)
-    return iou - (enclosing - union) / enclosing.clamp(min=tiny)
-
-
 @torch.no_grad()
 def hungarian_match(logits, boxes, targets):
     """Eq. 1: the assignment of objects to queries of least cost, for each layer and each image.
@@ -97,30 +68,22 @@ def hungarian_match(logits, boxes, targets):
     differentiated is the loss of the chosen pairs (in `set_loss`), exactly as in max-pooling.
     """
     L, B, Q, _ = logits.shape
-    device = logits.device
     counts = [len(t["labels"]) for t in targets]
-    most = max(counts, default=0)
-    if most == 0:
-        return tuple(torch.zeros(0, dtype=torch.long, device=device) for _ in range(4))
-
     # Objects padded to the same number for each image, so that all costs are one tensor
-    boxes = full_precision(boxes)
-    labels = torch.zeros(B, most, dtype=torch.long, device=device)
-    target_boxes = torch.full((B, most, 4), 0.5, device=device, dtype=boxes.dtype)
-    for b, target in enumerate(targets):
-        labels[b, :counts[b]] = target["labels"]
-        target_boxes[b, :counts[b]] = target["boxes"].to(boxes.dtype)
+    boxes = boxes.float()
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)              # (B, n)
+    target_boxes = pad_sequence([t["boxes"].float() for t in targets], batch_first=True)
 
     # The class cost is minus the probability, not minus its logarithm: bounded, so that it cannot
     # outweigh the boxes.
-    probability = full_precision(logits).softmax(-1)
-    cost_class = -probability.gather(3, labels[None, :, None].expand(L, B, Q, most))  # (L, B, Q, n)
-    cost_bbox = torch.cdist(boxes.flatten(0, 1), target_boxes.repeat(L, 1, 1), p=1)
-    corners = box_convert(boxes, "cxcywh", "xyxy")[..., None, :]              # (L, B, Q, 1, 4)
-    target_corners = box_convert(target_boxes, "cxcywh", "xyxy")[:, None]     # (B, 1, n, 4)
-    cost_giou = -generalized_box_iou(corners, target_corners)                 # (L, B, Q, n)
+    probability = logits.float().softmax(-1)
+    index = labels[None, :, None].expand(L, B, Q, -1)
+    cost_class = -probability.gather(3, index)                                # (L, B, Q, n)
+    cost_bbox = torch.cdist(boxes, target_boxes.expand(L, -1, -1, -1), p=1)
+    cost_giou = -generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"),
+                                     box_convert(target_boxes, "cxcywh", "xyxy"))
     cost = (LOSS_WEIGHTS["loss_class"] * cost_class
-            + LOSS_WEIGHTS["loss_bbox"] * cost_bbox.view(L, B, Q, most)
+            + LOSS_WEIGHTS["loss_bbox"] * cost_bbox
             + LOSS_WEIGHTS["loss_giou"] * cost_giou)
     # One transfer for all: scipy works on the host, and each transfer waits for the device.
     cost = cost.cpu().nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).numpy()
@@ -134,7 +97,7 @@ def hungarian_match(logits, boxes, targets):
                         for q, o in zip(queries.tolist(), objects.tolist())]
             first_row += n
     matches = torch.tensor(matches, dtype=torch.long).view(-1, 4)
-    return to_device(matches, device).unbind(1)
+    return to_device(matches, logits.device).unbind(1)
 
 
 def detection_target(source, objects, attributes=0):
@@ -196,12 +159,9 @@ def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
     reaches early layers late. Each has its own matching, because an early layer may have an object
     at another query than the last layer has it in the end.
     """
-    boxes = full_precision(outputs["boxes"])
+    boxes = outputs["boxes"].float()
     attribute_logits = outputs["attributes"]
-    L, B, Q, _ = boxes.shape
-    device = boxes.device
-    if len(targets) != B:
-        raise ValueError(f"set_loss: outputs of {B} images, targets of {len(targets)}")
+    Q, device = boxes.shape[2], boxes.device
     if normalizers is None:
         normalizers = loss_normalizers(targets, Q, no_object)
     num_boxes, class_weight, num_with_attributes = (
@@ -209,7 +169,7 @@ def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
 
     # A head that no image of this batch trains still takes part, with gradient zero:
     # DistributedDataParallel waits for the gradient of each parameter.
-    zero_loss = sum(full_precision(x).sum() * 0.0
+    zero_loss = sum(x.float().sum() * 0.0
                     for x in (attribute_logits, *outputs["logits"].values()))
     loss_class = loss_attribute = zero_loss
     loss_bbox = loss_giou = boxes.sum() * 0.0
@@ -220,7 +180,7 @@ def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
             continue
         of_source = [targets[b] for b in images]
         images = to_device(torch.tensor(images), device)
-        logits = full_precision(all_logits[:, images])  # (L, b, Q, C + 1)
+        logits = all_logits[:, images].float()  # (L, b, Q, C + 1)
         layer, image, query, row = hungarian_match(logits, boxes[:, images], of_source)
 
         # About 95 of 100 queries have no partner. Unweighted, "no object" would be the answer to
@@ -229,7 +189,7 @@ def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
         labels = torch.cat([target["labels"] for target in of_source])
         classes = torch.full(logits.shape[:3], last, device=device)
         classes[layer, image, query] = labels[row]
-        weight = torch.ones(last + 1, device=device, dtype=logits.dtype)
+        weight = torch.ones(last + 1, device=device)
         weight[last:].fill_(no_object)  # an assignment would make the host wait
         loss_class = loss_class + F.cross_entropy(
             logits.flatten(0, 2), classes.flatten(), weight=weight, reduction="sum") / class_weight
@@ -237,18 +197,22 @@ def set_loss(outputs, targets, normalizers=None, no_object=NO_OBJECT_WEIGHT):
         # Here the boxes' gradient begins: the matching only says which boxes to pick, and a picked
         # box is compared with its object. An unmatched box gets no gradient; its query learns "no
         # object" by its class alone. L1 alone would weigh a large box's error more than a small
-        # one's of the same proportion; GIoU does not depend on scale (DETR, section 3.1).
+        # one's of the same proportion; GIoU does not depend on scale (DETR, section 3.1). IoU would
+        # not either, but is 0 for all boxes that do not touch, without a gradient; GIoU subtracts
+        # the empty share of the smallest box around both, and so still says in which direction to
+        # move (Rezatofighi et al. 2019).
         matched = boxes[layer, images[image], query]
-        target_boxes = torch.cat([target["boxes"] for target in of_source])[row].to(boxes.dtype)
-        giou = generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"),
-                                   box_convert(target_boxes, "cxcywh", "xyxy"))
+        target_boxes = torch.cat([target["boxes"] for target in of_source])[row].float()
+        # Each box with its own object alone, as one pair of a matrix of 1 x 1
+        giou = generalized_box_iou(box_convert(matched, "cxcywh", "xyxy")[:, None],
+                                   box_convert(target_boxes, "cxcywh", "xyxy")[:, None])
         loss_bbox = loss_bbox + F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes
         loss_giou = loss_giou + (1 - giou).sum() / num_boxes
 
         if source == "vg":
             # -log p(a): a box with k attributes wants each with probability 1 / k; a box without
             # any is not asked.
-            log_p = full_precision(attribute_logits[layer, images[image], query]).log_softmax(-1)
+            log_p = attribute_logits[layer, images[image], query].float().log_softmax(-1)
             attributes = torch.cat([target["attributes"] for target in of_source])[row]
             per_box = -(attributes * log_p).sum(-1) / attributes.sum(-1).clamp(min=1)
             loss_attribute = loss_attribute + per_box.sum() / num_with_attributes

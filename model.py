@@ -39,10 +39,9 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, HelpFormatter, InputError, command, number
-from matcher import full_precision, to_device
+from matcher import to_device
 
-BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r101": "resnet101",
-             "r152": "resnet152"}
+BACKBONES = ("r18", "r34", "r50", "r101", "r152")
 
 
 @dataclass
@@ -67,7 +66,6 @@ class Config:
     temperature: float = 10000.0    # longest wavelength of the sine positions, in image widths
     activation: str = "gelu"        # of the feed-forward layers; DETR: "relu"
     decoder_norm: bool = False      # DETR: a last LayerNorm, applied to each decoder layer's output
-    detr_positions: bool = False    # sine positions in the order of DETR's channels
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # without no-object
     attributes: int = 400
     task: str = ""                  # what it was fine-tuned for, a name of tasks.TASKS
@@ -127,15 +125,11 @@ def maybe_checkpoint(module, *inputs, enabled=False, **kwargs):
 
 
 class Backbone(nn.Module):
-    """A torchvision ResNet without its pooling and classifier, then a 1x1 convolution to D
-    channels.
-
-    Stride 32 ends at C5. Stride 16 ends at C4: an image of 64 x 64 pixels still has 4 x 4 cells.
-    """
+    """A torchvision ResNet to C5, or C4 for stride 16, then a 1x1 convolution to D channels."""
 
     def __init__(self, config):
         super().__init__()
-        self.architecture = BACKBONES[config.backbone]
+        self.architecture = config.backbone.replace("r", "resnet")
         self.frozen = config.frozen_batch_norm
         self.stride = config.stride
         norm = FrozenBatchNorm if self.frozen else nn.BatchNorm2d
@@ -221,57 +215,40 @@ class Backbone(nn.Module):
         torchvision state dict. InputError if there is neither network nor file, or it does not fit.
         """
         if weights == "imagenet":
-            state = imagenet_weights(self.architecture)
+            published = torchvision.models.get_model_weights(self.architecture).IMAGENET1K_V1
+            try:
+                state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            except Exception as error:  # no network, a proxy, a full disk: one advice for all
+                raise InputError(f"no ImageNet weights ({error}): download {published.url}, and "
+                                 "give --backbone-weights FILE, or none") from None
         else:
             state = load_file(weights, "--backbone-weights")
         try:
-            result = self.resnet.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # a tensor of another shape, or no tensor
+            self.resnet.load_state_dict({name: state[name] for name in self.resnet.state_dict()})
+        except (KeyError, RuntimeError) as error:  # no tensor of this name, or of another shape
             raise InputError(f"--backbone-weights {weights}: not weights of {self.architecture} "
                              f"({str(error).splitlines()[-1].strip()})") from None
-        missing = [key for key in result.missing_keys if "num_batches_tracked" not in key]
-        if missing:
-            raise InputError(f"--backbone-weights {weights}: not weights of {self.architecture} "
-                             f"({len(missing)} tensors are missing, the first is {missing[0]})")
 
 
-def imagenet_weights(architecture):
-    """torchvision's ImageNet weights, from torch.hub's folder or downloaded to it."""
-    url = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1.url
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False,
-                                                  check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a proxy, a full disk: all end with the same advice
-        raise InputError(f"no ImageNet weights for {architecture} ({error}): download {url} to "
-                         f"{torch.hub.get_dir()}/checkpoints, or give --backbone-weights FILE or "
-                         "none") from None
-
-
-def sine_positions(mask, width, temperature=10000.0, detr=False):
+def sine_positions(mask, width, temperature=10000.0):
     """Fixed 2-D sine positions as in DETR. mask (B, H, W) bool; returns (B, H * W, width) float32.
 
-    Half of the channels tell the row, half the column, as sines and cosines. Rows and columns are
-    counted over the unpadded area and scaled to 0 .. 2 pi. The wavelengths grow from the image's
-    side to `temperature` times that: with DETR's 10000 most channels are nearly constant, with 20
-    all tell places apart (DAB-DETR's "temperature tuning"), and a small grid is learnt sooner.
-    detr: DETR's weights know another order of channels, the cosine beside its sine.
+    Half of the channels tell the row, half the column, as sines and cosines side by side. Rows and
+    columns are counted over the unpadded area and scaled to 0 .. 2 pi. The wavelengths grow from
+    the image's side to `temperature` times that: with DETR's 10000 most channels are nearly
+    constant, with 20 all tell places apart (DAB-DETR's "temperature tuning"), and a small grid is
+    learnt sooner.
     """
     B, H, W = mask.shape
     y = mask.float().cumsum(1)  # 1, 2, 3 ... down the image
     x = mask.float().cumsum(2)
     last_y, last_x = y[:, -1:, :], x[:, :, -1:]  # height and width of the image; 0 outside of it
-    if detr:
-        last_y, last_x = last_y + 1e-6, last_x + 1e-6
     y = y / last_y.clamp(min=1) * 2 * math.pi
     x = x / last_x.clamp(min=1) * 2 * math.pi
     quarter = width // 4
     wavelength = temperature ** (torch.arange(quarter, device=mask.device) / quarter)
-    y = y[..., None] / wavelength  # (B, H, W, width / 4)
-    x = x[..., None] / wavelength
-    if detr:
-        beside = [torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(3) for angle in (y, x)]
-        return torch.cat(beside, dim=-1).view(B, H * W, width)
-    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1).view(B, H * W, width)
+    angles = torch.cat([y[..., None] / wavelength, x[..., None] / wavelength], dim=-1)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).view(B, H * W, width)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,8 +291,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, config.width)
 
     def split(self, x):
-        B, T, inner = x.shape
-        return x.view(B, T, self.heads, inner // self.heads).transpose(1, 2)  # (B, heads, T, w)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, w)
 
     def keys_values(self, key, value):
         """(B, S, D) twice -> (k, v), (B, heads, S, w): computed once and kept in generation."""
@@ -344,7 +320,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config)
+        self.self_attention = Attention(config)
         self.feed_forward = feed_forward(config)
         self.norm1 = nn.LayerNorm(config.width)
         self.norm2 = nn.LayerNorm(config.width)
@@ -358,9 +334,9 @@ class EncoderLayer(nn.Module):
         # carried along depends on who looks where, and the zeros around the input of each
         # convolution of the ResNet leave traces of the place in the content itself.
         x_with_pos = x + positions
-        keys_values = self.attention.keys_values(x_with_pos, x)
+        keys_values = self.self_attention.keys_values(x_with_pos, x)
         x, x_with_pos = x[:, :outputs], x_with_pos[:, :outputs]
-        x = self.norm1(x + self.dropout(self.attention(x_with_pos, keys_values, mask)))
+        x = self.norm1(x + self.dropout(self.self_attention(x_with_pos, keys_values, mask)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -382,32 +358,29 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def memory_keys_values(self, memory):
-        return self.cross_attention.keys_values(memory.states + memory.positions, memory.states)
-
     def forward(self, x, query_positions, memory, causal=False, cache=None):
         """x (B * K, T, D), K rows for each image of the Memory; query_positions (T, D) or 0; cache:
-        this layer's dict in generation, with "memory" and, after the first word, "words". Returns
+        in generation this layer's dict, where keys and values stay: "words", "memory". Returns
         (B * K, T, D).
         """
         # Each side has positions of its own, again for queries and keys only: query_positions
         # (learned for object queries, 0 for words, whose embedding has them), and the grid's.
+        cache = {} if cache is None else cache
         x_with_pos = x + query_positions
         keys_values = self.self_attention.keys_values(x_with_pos, x)
-        if cache is not None:  # x is only the newest word: it joins the words before it
-            if "words" in cache:
-                keys_values = tuple(torch.cat([old, new], dim=2)
-                                    for old, new in zip(cache["words"], keys_values))
-            cache["words"] = keys_values
-            causal = False  # the newest word may see all there is
+        if "words" in cache:  # x is only the newest word: it joins the words before it
+            keys_values = tuple(torch.cat([old, new], dim=2)
+                                for old, new in zip(cache["words"], keys_values))
+        cache["words"] = keys_values
         attended = self.self_attention(x_with_pos, keys_values, causal=causal)
         x = self.norm1(x + self.dropout(attended))
 
-        # The encoding is the same from word to word, so generation computes its keys once
-        keys_values = self.memory_keys_values(memory) if cache is None else cache["memory"]
+        if "memory" not in cache:  # the encoding is the same from word to word
+            cache["memory"] = self.cross_attention.keys_values(memory.states + memory.positions,
+                                                               memory.states)
         # All that look at one image look at the same keys: K sentences are like one that is longer
         looking = (x + query_positions).reshape(len(memory.states), -1, x.shape[-1])
-        attended = self.cross_attention(looking, keys_values, memory.mask).view_as(x)
+        attended = self.cross_attention(looking, cache["memory"], memory.mask).view_as(x)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
@@ -494,15 +467,13 @@ class E2EVLP(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name != "query_positions.weight" and parameter.dim() == 2:
                 nn.init.xavier_uniform_(parameter)
-            if name.endswith((".attention.out.weight", "self_attention.out.weight",
-                              "feed_forward.3.weight")):
+            if name.endswith(("self_attention.out.weight", "feed_forward.3.weight")):
                 parameter.data.mul_(0.05)
             elif name.endswith(("attention.out.bias", "feed_forward.3.bias")):
                 nn.init.zeros_(parameter)
         side = math.ceil(math.sqrt(self.config.queries))
-        places = torch.ones(1, side, side, dtype=torch.bool)
-        places = sine_positions(places, self.config.width, self.config.temperature,
-                                self.config.detr_positions)[0]
+        places = sine_positions(torch.ones(1, side, side, dtype=torch.bool), self.config.width,
+                                self.config.temperature)[0]
         with torch.no_grad():
             self.sentence.token.weight[self.config.pad].zero_()
             self.query_positions.weight.copy_(places[:self.config.queries])
@@ -514,9 +485,8 @@ class E2EVLP(nn.Module):
         step; it runs once an image, whatever is asked about it.
         """
         grid, mask = self.backbone(images, sizes, padded, self.recompute)  # (B, D, H, W), (B, H, W)
-        D = grid.shape[1]
-        positions = sine_positions(mask, D, self.config.temperature, self.config.detr_positions)
-        positions = positions.to(grid.dtype)
+        positions = sine_positions(mask, self.config.width, self.config.temperature)
+        positions = positions.to(grid.dtype)                               # (B, S, D)
         mask = mask.flatten(1) if padded else None                         # (B, S)
         return Memory(grid.flatten(2).transpose(1, 2), positions, mask)
 
@@ -574,21 +544,23 @@ class E2EVLP(nn.Module):
         # it. A box is given itself, not as a shift of an anchor; the sigmoid keeps it between 0 and
         # 1. In float32 throughout: bf16 has so few digits that edges would be up to a pixel off.
         with torch.autocast(x.device.type, enabled=False):
-            boxes = self.box(full_precision(x)).sigmoid()
+            boxes = self.box(x.float()).sigmoid()
         logits = {source: head(x) for source, head in self.classes.items()}
         return {"logits": logits, "boxes": boxes, "attributes": self.attribute(x)}
 
-    def decode_caption(self, memory, tokens, caches=None, start=0):
+    def decode_caption(self, memory, tokens, caches=None):
         """Caption logits (B * K, T, V) for the word after each of tokens (B * K, T), which begin
-        with [CLS] (Eq. 2): K captions of an image are rows one after another. caches, start: of
-        generation, a dict a layer and the first token's position.
+        with [CLS] (Eq. 2): K captions of an image are rows one after another. caches: in
+        generation, a dict a layer with what it has computed of the tokens but the last; then the
+        logits are of the last one alone, (B * K, 1, V).
 
         memory must encode the image alone: had the encoder seen the sentence, the decoder could
         copy it. The caption's own later words are hidden by the causal mask.
         """
-        x = self.sentence(tokens, start).to(memory.states.dtype)
+        start = 0 if caches is None else tokens.shape[1] - 1
+        x = self.sentence(tokens[:, start:], start).to(memory.states.dtype)
         for layer, cache in zip(self.decoder, caches or [None] * len(self.decoder)):
-            x = maybe_checkpoint(layer, x, 0, memory, causal=True, cache=cache,
+            x = maybe_checkpoint(layer, x, 0, memory, causal=caches is None, cache=cache,
                                  enabled=self.recompute)
         return self.caption(self.decoder_norm(x))
 
@@ -679,17 +651,12 @@ class E2EVLP(nn.Module):
         scores = torch.full((B, beam), -math.inf, device=device)
         scores[:, 0] = 0
         never = torch.tensor(sorted({c.pad, c.cls, c.mask}), device=device)      # in no caption
-        caches = None
-        if cache:
-            caches = [{"memory": layer.memory_keys_values(memory)} for layer in self.decoder]
+        caches = [{} for _ in self.decoder] if cache else None
         finished = [[] for _ in range(B)]                                        # (score, pieces)
         done = [False] * B
 
         for length in range(1, longest + 1):
-            if cache:
-                logits = self.decode_caption(memory, tokens[:, -1:], caches, start=length - 1)
-            else:
-                logits = self.decode_caption(memory, tokens)
+            logits = self.decode_caption(memory, tokens, caches)
             log_p = logits[:, -1].float().index_fill(1, never, -math.inf).log_softmax(-1)
             total = scores[:, :, None] + log_p.view(B, beam, -1)                 # (B, beam, V)
             V = total.shape[2]
@@ -731,14 +698,8 @@ class E2EVLP(nn.Module):
         return [(pieces, score) for score, pieces in best]
 
 
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: weights, configuration and vocabulary in one file: nothing else is needed to use it
-
-FORMAT = "e2e-vlp 2"
 
 
 def save_checkpoint(path, model, vocabulary, names, **more):
@@ -747,7 +708,7 @@ def save_checkpoint(path, model, vocabulary, names, **more):
     names: {"coco", "vg", "attributes": [...]}, what the outputs mean; more: what a stage needs to
     go on (optimizer, step ...), tensors and plain values only.
     """
-    state = {"format": FORMAT, "model": model.state_dict(), "config": asdict(model.config),
+    state = {"model": model.state_dict(), "config": asdict(model.config),
              "vocabulary": vocabulary, "names": names, **more}
     temporary = f"{path}.tmp"
     try:
@@ -792,13 +753,12 @@ def load_checkpoint(path, flag="--checkpoint"):
     `detr_checkpoint`. InputError if it is something else.
     """
     state = load_file(path, flag)
-    if is_detr(state):
-        return detr_checkpoint(state["model"], path, flag)
+    weights = state.get("model")
+    if isinstance(weights, dict) and any(str(n).startswith("transformer.") for n in weights):
+        return detr_checkpoint(weights, path, flag)  # {"model": {name: tensor}}
     try:
-        if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']}, not {FORMAT}")
         state["config"] = Config(**state["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{flag} {path}: not a checkpoint of this version of the project "
                          f"({type(error).__name__}: {error})") from None
     return state
@@ -808,11 +768,8 @@ def build_model(state, path):
     """The model of a checkpoint, strictly its own; path: what a message calls it."""
     try:
         model = E2EVLP(state["config"])
-        fresh = {}
-        if "lacks" in state:  # DETR's file: words and their heads are there, but nothing uses them
-            fresh = {name: tensor for name, tensor in model.state_dict().items()
-                     if name.startswith(state["lacks"])}
-        model.load_state_dict({**fresh, **state["model"]})
+        # What DETR lacks, words and their heads, stays as it begins: nothing uses it
+        model.load_state_dict(state["model"], strict="lacks" not in state)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its weights do not fit its configuration "
                          f"({str(error).splitlines()[-1].strip()}); give another file") from None
@@ -852,29 +809,23 @@ DETR_DOWNLOADS = {
     "detr-r50": "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth (159 MB)",
     "detr-r101": "https://dl.fbaipublicfiles.com/detr/detr-r101-2c7b67e5.pth (232 MB)"}
 
-# Our names (those of the walk) beside DETR's. A tensor's name is translated by the first row whose
-# left side it begins with, then by each row of DETR_LAYER_NAMES.
+# DETR's names and ours, those of the walk: each row is replaced in turn. The norms are named alike.
 DETR_NAMES = {
-    "backbone.resnet.": "backbone.0.body.",
-    "backbone.project.": "input_proj.",
-    "encoder.": "transformer.encoder.layers.",
-    "decoder.": "transformer.decoder.layers.",
-    "decoder_norm.": "transformer.decoder.norm.",
-    "query_positions.": "query_embed.",
-    "classes.coco.": "class_embed.",            # 81 of its 92 rows, see COCO_IDS
-    "box.0.": "bbox_embed.layers.0.",
-    "box.2.": "bbox_embed.layers.1.",
-    "box.4.": "bbox_embed.layers.2."}
-DETR_LAYER_NAMES = {                            # in each layer; norm1, norm2, norm3 are DETR's too
-    ".attention.": ".self_attn.",
-    ".self_attention.": ".self_attn.",
-    ".cross_attention.": ".multihead_attn.",
-    "attn.q.": "attn.in_proj_",                 # one matrix (3 D, D): the rows of the queries,
-    "attn.k.": "attn.in_proj_",                 # then of the keys,
-    "attn.v.": "attn.in_proj_",                 # and of the values
-    "attn.out.": "attn.out_proj.",
-    ".feed_forward.0.": ".linear1.",
-    ".feed_forward.3.": ".linear2."}
+    "backbone.0.body.": "backbone.resnet.",
+    "input_proj.": "backbone.project.",
+    "transformer.encoder.layers.": "encoder.",
+    "transformer.decoder.layers.": "decoder.",
+    "transformer.decoder.norm.": "decoder_norm.",
+    "query_embed.": "query_positions.",
+    "class_embed.": "classes.coco.",
+    "bbox_embed.layers.0.": "box.0.",
+    "bbox_embed.layers.1.": "box.2.",
+    "bbox_embed.layers.2.": "box.4.",
+    "self_attn.": "self_attention.",
+    "multihead_attn.": "cross_attention.",
+    "out_proj.": "out.",
+    "linear1.": "feed_forward.0.",
+    "linear2.": "feed_forward.3."}
 # What DETR has not: the sentence, and the heads of MLM, ITM, attributes and captioning
 DETR_LACKS = ("sentence.", "mlm_", "itm.", "attribute.", "caption.")
 
@@ -882,61 +833,41 @@ DETR_LACKS = ("sentence.", "mlm_", "itm.", "attribute.", "caption.")
 COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 COCO_IDS = [i for i, name in enumerate(COCO_CATEGORIES) if name not in ("__background__", "N/A")]
 
-# A ResNet by the blocks of its layer3 and the channels of its C5
-RESNET_SIZES = {(2, 512): "r18", (6, 512): "r34", (6, 2048): "r50", (23, 2048): "r101",
-                (36, 2048): "r152"}
-
-
-def is_detr(state):
-    """Whether a file's dict is facebookresearch/detr's: {"model": {name: tensor}}."""
-    names = state.get("model")
-    return isinstance(names, dict) and any(str(n).startswith("transformer.") for n in names)
-
 
 def detr_config(theirs):
-    """The Config of DETR's weights, its sizes from the tensors' shapes. KeyError: one is missing.
-    What no tensor tells is DETR's own: heads of 32 units, ReLU, post-norm.
+    """The Config of DETR's weights, its sizes from the tensors' shapes. What no tensor tells is
+    DETR's own: heads of 32 units, ReLU, post-norm.
     """
 
     def count(prefix):  # the parts "prefix.0.", "prefix.1." ...
         return len({name[len(prefix):].split(".")[0] for name in theirs if name.startswith(prefix)})
 
-    width, channels = theirs["input_proj.weight"].shape[:2]
-    resnet = count("backbone.0.body.layer3."), channels
-    if resnet not in RESNET_SIZES:
-        raise KeyError("a whole ResNet")
+    queries, width = theirs["query_embed.weight"].shape
+    resnets = {2: "r18", 6: "r50", 23: "r101"}  # by the blocks of layer3
     pad, _, cls, sep, mask = range(len(SPECIAL))
     return Config(
-        backbone=RESNET_SIZES[resnet], width=width, heads=width // 32, head_width=32,
-        feed_forward=len(theirs["transformer.encoder.layers.0.linear1.bias"]),
+        backbone=resnets[count("backbone.0.body.layer3.")], width=width, heads=width // 32,
+        head_width=32, feed_forward=len(theirs["transformer.encoder.layers.0.linear1.bias"]),
         encoder_layers=count("transformer.encoder.layers."),
-        decoder_layers=count("transformer.decoder.layers."),
-        queries=len(theirs["query_embed.weight"]),
-        activation="relu", decoder_norm=True, detr_positions=True,
-        classes={"coco": len(COCO_IDS)}, attributes=1, task="detection",
-        vocabulary=len(SPECIAL), pad=pad, cls=cls, sep=sep, mask=mask)
+        decoder_layers=count("transformer.decoder.layers."), queries=queries,
+        activation="relu", decoder_norm=True, classes={"coco": len(COCO_IDS)}, attributes=1,
+        task="detection", vocabulary=len(SPECIAL), pad=pad, cls=cls, sep=sep, mask=mask)
 
 
-def detr_name(name):
-    """DETR's name for one of our tensors."""
-    for ours, detrs in DETR_NAMES.items():
-        if name.startswith(ours):
-            translated = detrs + name[len(ours):]
-            break
-    if name.startswith(("encoder.", "decoder.")):
-        for ours, detrs in DETR_LAYER_NAMES.items():
-            translated = translated.replace(ours, detrs)
-    return translated
-
-
-def from_detr(tensor, name):
-    """What our tensor of this name has of DETR's: all, one of three parts, or some rows."""
-    if "in_proj_" in detr_name(name):
-        part = name.split(".")[-2]                        # q, k or v
-        return tensor.chunk(3)["qkv".index(part)]         # (3 D, D) -> (D, D)
-    if name.startswith("classes.coco."):
-        return tensor[[*COCO_IDS, len(tensor) - 1]]       # the last means "no object" in both
-    return tensor
+def from_detr(theirs):
+    """DETR's tensors by name -> ours."""
+    ours = {}
+    for name, tensor in theirs.items():
+        for old, new in DETR_NAMES.items():
+            name = name.replace(old, new)
+        if "in_proj_" in name:  # one tensor (3 D, ...): the rows of queries, then keys, then values
+            for part, rows in zip("qkv", tensor.chunk(3)):
+                ours[name.replace("in_proj_", f"{part}.")] = rows
+        elif name.startswith("classes.coco."):
+            ours[name] = tensor[[*COCO_IDS, 91]]  # the last one means "no object"
+        elif "num_batches_tracked" not in name:
+            ours[name] = tensor
+    return ours
 
 
 def detr_checkpoint(theirs, path, flag):
@@ -947,27 +878,19 @@ def detr_checkpoint(theirs, path, flag):
     another architecture, and for DC5's: its C5 is dilated to stride 16, which no tensor shows, so
     only the file's name tells.
     """
-    problems = []
-    weights = {}
-    if "dc5" in os.path.basename(path).lower():
-        problems.append("a dilated ResNet (DC5) is not built here")
     try:
-        config = detr_config(theirs)
+        config, weights = detr_config(theirs), from_detr(theirs)
         with torch.device("meta"):
-            names = [n for n in E2EVLP(config).state_dict() if not n.startswith(DETR_LACKS)]
-        classes = len(theirs["class_embed.bias"])
-        if classes != len(COCO_CATEGORIES) + 1:
-            problems.append(f"its class head has {classes} outputs, not COCO's 92")
-        else:
-            weights = {name: from_detr(theirs[detr_name(name)], name) for name in names}
-        unused = set(theirs) - {detr_name(name) for name in names}
-        problems += [f"{name} is not one of DETR's" for name in sorted(unused)
-                     if "num_batches_tracked" not in name]
-    except KeyError as error:
-        problems.append(f"it lacks {error.args[0]}")
-    if problems:
-        raise InputError(f"{flag} {path}: looks like DETR, but {problems[0]}; what is read is "
-                         "detr-r50 and detr-r101 of facebookresearch/detr")
+            names = {n for n in E2EVLP(config).state_dict() if not n.startswith(DETR_LACKS)}
+        if names != weights.keys():
+            raise ValueError(f"{min(names ^ weights.keys())} is missing or unknown")
+        if len(theirs["class_embed.bias"]) != len(COCO_CATEGORIES) + 1:
+            raise ValueError("its classes are not COCO's")
+        if "dc5" in os.path.basename(path).lower():
+            raise ValueError("a dilated ResNet (DC5) is not built here")
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(f"{flag} {path}: looks like DETR, but is not detr-r50 or detr-r101 of "
+                         f"facebookresearch/detr ({type(error).__name__}: {error})") from None
     return {"model": weights, "config": config, "lacks": DETR_LACKS, "vocabulary": list(SPECIAL),
             "names": {"coco": [COCO_CATEGORIES[i] for i in COCO_IDS], "vg": [], "attributes": []},
             "args": {"task": "detection", "text": "none", "short_sides": [800], "long_side": 1333}}
@@ -1053,7 +976,7 @@ def main(argv=None):
     parser.add_argument("--height", type=number(int, 1, 2000), default=800, help="pixels")
     parser.add_argument("--width", type=number(int, 1, 2000), default=1333, help="pixels")
     parser.add_argument("--words", type=number(int, 3, 40), default=12, help="word pieces")
-    parser.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="the ResNet")
+    parser.add_argument("--backbone", choices=BACKBONES, default="r50", help="the ResNet")
     parser.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a cell")
     parser.add_argument("--encoder-layers", type=number(int, 1, 100), default=12, help="6 or 12")
 

@@ -17,7 +17,6 @@ the step and write last.pt; `--resume` ends with the weights of a run that never
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -39,14 +38,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import shapes
 from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal, Objects,
-                  Tokenizer, add_source_flags, all_sum, command, decodable, describe, gather,
+                  Tokenizer, add_source_flags, command, decodable, describe, gather,
                   ignore_signals, init_processes, load_images, mask_tokens, number,
                   on_first_process, other_sentence, pad_images, pad_tokens, pretraining_index,
                   print0, to_pixels)
-from evaluate import draw_curves, draw_sheet, measure_with_blind, prepare_probes
+from evaluate import Predictor, draw_curves, draw_sheet, measure_with_blind, prepare_probes
 from matcher import (LOSS_WEIGHTS, NO_OBJECT_WEIGHT, detection_target, loss_normalizers,
                      no_object_weight, set_loss, to_device)
-from model import (BACKBONES, E2EVLP, Config, build_model, count_parameters, load_checkpoint,
+from model import (BACKBONES, E2EVLP, Config, build_model, load_checkpoint,
                    load_pretrained, save_checkpoint)
 
 # --------------------------------------------------------------------------------------------------
@@ -58,33 +57,33 @@ class PretrainingSet(Dataset):
     Batches. An image that does not decode is replaced by the next one, and named under "broken".
     """
 
-    def __init__(self, examples, tokenizer, num_attributes, *, short_sides=SHORT_SIDES,
-                 long_side=LONG_SIDE, sentences_per_image=1, without_sentence=0.25, seed=0,
-                 named=frozenset(), named_share=0.15, words=None, wrong_sentences=0.5):
-        """named, named_share: of mask_tokens; words: {"coco", "vg", "attributes": the word pieces
-        of each name}, with which an item has the words of each object too (the grid-word loss);
-        wrong_sentences: the share of sentences that are another image's, for ITM.
-        """
-        self.examples, self.tokenizer, self.num_attributes = examples, tokenizer, num_attributes
-        self.short_sides, self.long_side = short_sides, long_side
-        self.K, self.without_sentence, self.seed = sentences_per_image, without_sentence, seed
-        self.named, self.named_share, self.words = named, named_share, words
-        self.wrong_sentences = wrong_sentences
+    def __init__(self, examples, tokenizer, names, args):
+        """names: of the label sets, {"coco", "vg", "attributes": [...]}; args: the flags."""
+        self.examples, self.tokenizer, self.args = examples, tokenizer, args
+        self.num_attributes = len(names["attributes"])
+        # The word pieces of each name, for --mask-named and the grid-word loss
+        self.words = {kind: [tokenizer.encode(name)[1:-1] for name in names[kind]]
+                      for kind in ("coco", "vg", "attributes")}
+        self.named = set(itertools.chain(*self.words["coco"], *self.words["vg"],
+                                         *self.words["attributes"]))
+        if "attributes" in args.without:
+            self.words["attributes"] = [[] for _ in names["attributes"]]
 
     def __getitem__(self, key):
+        args = self.args
         epoch, index, draw = key
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        short = self.short_sides[draw % len(self.short_sides)]
+        rng = random.Random(f"{args.seed} {epoch} {index}")
+        short = args.short_sides[draw % len(args.short_sides)]
         (image,), index, broken = load_images(self.examples.__getitem__, index,
-                                              len(self.examples), short, self.long_side)
+                                              len(self.examples), short, args.long_side)
         example = self.examples[index]
-        item = {"image": to_pixels(image, short, self.long_side), "tokens": [], "mlm_labels": [],
+        item = {"image": to_pixels(image, short, args.long_side), "tokens": [], "mlm_labels": [],
                 "itm_labels": [], "captions": [], "id": example.id, "broken": broken}
-        every = range(len(example.sentences))
-        chosen = rng.sample(every, self.K) if len(every) >= self.K else rng.choices(every, k=self.K)
+        every, K = range(len(example.sentences)), args.sentences_per_picture
+        chosen = rng.sample(every, K) if len(every) >= K else rng.choices(every, k=K)
         for place in chosen:
             caption = self.tokenizer.encode(example.sentences[place])
-            matched = rng.random() < 1 - self.wrong_sentences
+            matched = rng.random() < 0.5 or "itm" in args.without
             other = None if matched else other_sentence(self.examples, index,
                                                         place < example.captions, rng)
             # Both kinds of pairs have masked tokens, or ITM would only learn to look for [MASK].
@@ -92,19 +91,19 @@ class PretrainingSet(Dataset):
             # would teach MLM to ignore it. The captioning target is always the image's own.
             sentence = caption if other is None else self.tokenizer.encode(other)
             tokens, labels = mask_tokens(sentence, self.tokenizer, rng, self.named,
-                                         self.named_share)
+                                         args.mask_named)
             item["tokens"].append(tokens)
             item["mlm_labels"].append(labels if other is None else [-1] * len(labels))
             item["itm_labels"].append(int(other is None))
             item["captions"].append(caption)
-        item["no_sentence"] = rng.random() < self.without_sentence
+        item["no_sentence"] = rng.random() < args.without_sentence
 
         # An image in both sets draws anew whose annotation it trains; one in none has no objects
         annotated = [name for name in ("coco", "vg") if getattr(example, name) is not None]
         source = rng.choice(annotated or ["coco"])
         objects = getattr(example, source) or Objects([], [])
         item["target"] = detection_target(source, objects, self.num_attributes)
-        if self.words is not None:
+        if args.grid_word_loss:
             item["words"] = [list(self.words[source][label]) for label in objects.labels]
             for pieces, numbers in zip(item["words"], objects.attributes):
                 for attribute in numbers:
@@ -188,16 +187,14 @@ class Batches(Sampler):
         self.rank, self.world, self.seed, self.start = rank, world, seed, start
         self.chunk = max(1, min(16, len(sizes) // batch // 4))
 
-    def order(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.ratios))
-
     def __iter__(self):
         N, length = len(self.ratios), self.chunk * self.batch
         micro_batch = self.batch // self.world // self.accumulation_steps
         for chunk in itertools.count(self.start // self.chunk):
             places = np.arange(chunk * length, (chunk + 1) * length)
             epochs = places // N
-            orders = {epoch: self.order(epoch) for epoch in np.unique(epochs)}
+            orders = {epoch: np.random.default_rng((self.seed, epoch)).permutation(N)
+                      for epoch in np.unique(epochs)}
             items = np.array([orders[e][place] for e, place in zip(epochs, places % N)])
             # By epoch first: so an item meets itself at most in the one batch that spans two epochs
             chosen = np.lexsort((self.ratios[items], epochs)).reshape(self.chunk, self.batch)
@@ -224,10 +221,7 @@ class Pretraining(nn.Module):
 
     def normalizers(self, batch):
         """What each loss is divided by: counts that are summed over all processes and
-        micro-batches.
-
-        Averaging micro-batch means would over-weight the tokens of short micro-batches. Dividing by
-        the count over everything gives the same gradient on 1 and on N processes.
+        micro-batches, for the reason in matcher.loss_normalizers.
         """
         config = self.model.config
         words = (batch["captions"][..., 1:] != config.pad).sum()
@@ -291,27 +285,22 @@ def loss_weights(changed=(), without=(), grid_word=0.0):
 # The training loop
 
 
-def rate_factor(args, decay, step, progress):
-    """What the learning rates are multiplied by: warm-up times cosine, or decay(step, progress).
-    progress: the share of the training that is done, 0 .. 1.
+def rate_factor(args, step, progress):
+    """What the learning rates are multiplied by: warm-up times cosine, or a tenth after each of
+    args.decay. Those and progress are shares of the training, 0 .. 1.
     """
     warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
     if args.schedule == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return warm * decay(step, progress)
+    return warm * 0.1 ** sum(progress >= share for share in args.decay)
 
 
-def last_third(step, progress):
-    """DETR's decay: the last third of the training at a tenth of the rate."""
-    return 0.1 if progress >= 2 / 3 else 1.0
-
-
-def train(run, objective, loader, optimizer, weights, decay, validate, validation_due):
+def train(run, objective, loader, optimizer, weights, validate, validation_due):
     """The training loop of both stages. Returns the exit code.
 
     objective: a module with `normalizers(batch)`, whose forward(batch, normalizers) gives named
-    losses; loader: endless micro-batches; weights: {name of a loss: its weight}; decay: see
-    `rate_factor`; validate(): measures and logs; validation_due(step).
+    losses; loader: endless micro-batches; weights: {name of a loss: its weight}; validate():
+    measures and logs; validation_due(step).
     """
     args = run.args
     parallel = run.parallel(objective)
@@ -332,7 +321,7 @@ def train(run, objective, loader, optimizer, weights, decay, validate, validatio
 
         # The learning rate: a function of the step and of how much of the training is done
         for group, base_rate in zip(optimizer.param_groups, run.base_rates):
-            group["lr"] = base_rate * rate_factor(args, decay, run.step, run.progress)
+            group["lr"] = base_rate * rate_factor(args, run.step, run.progress)
 
         # Forward and backward. Dropout is seeded by the step, so that a resumed run draws the same.
         torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2**31)
@@ -340,15 +329,14 @@ def train(run, objective, loader, optimizer, weights, decay, validate, validatio
         for i, batch in enumerate(micro_batches):
             batch = to_device(batch, run.device)
             # Gradients are added up over the processes once, with the last micro-batch
-            accumulate = run.world > 1 and i < run.accumulation_steps - 1
-            with parallel.no_sync() if accumulate else contextlib.nullcontext():
-                with torch.autocast(torch.device(run.device).type, torch.bfloat16,
-                                    enabled=args.amp == "bf16"):
-                    losses = parallel(batch, normalizers)
-                # Eq. 3: L = L_mlm + L_itm + L_v + L_dec; L_v = class + 5 L1 + 2 GIoU + attribute
-                total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
-                # DDP takes the mean over processes; the normalizers are sums over them already.
-                (total * run.world).backward()
+            parallel.require_backward_grad_sync = i == run.accumulation_steps - 1
+            with torch.autocast(torch.device(run.device).type, torch.bfloat16,
+                                enabled=args.amp == "bf16"):
+                losses = parallel(batch, normalizers)
+            # Eq. 3: L = L_mlm + L_itm + L_v + L_dec; L_v = class + 5 L1 + 2 GIoU + attribute
+            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+            # DDP takes the mean over processes; the normalizers are sums over them already.
+            (total * run.world).backward()
             for name, loss in losses.items():
                 sums[name] += loss.detach()
 
@@ -368,7 +356,6 @@ def train(run, objective, loader, optimizer, weights, decay, validate, validatio
         if time.time() - run.saved > 60 * args.checkpoint_minutes:
             run.save()
 
-    signals.restore()
     if signal_number:
         run.save()
         print0(f"stopped at step {run.step} by a signal; go on with --resume {run.last}")
@@ -423,9 +410,8 @@ class Run:
         size = 0 if self.state is None else self.state["log_size"]
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(self.log_file, "a"):  # a folder that cannot be written: now, not after hours
-                pass
-            os.truncate(self.log_file, min(os.path.getsize(self.log_file), size))
+            with open(self.log_file, "ab") as file:  # if it cannot be written: now, not after hours
+                file.truncate(min(file.tell(), size))
         except OSError as error:
             raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
 
@@ -442,7 +428,8 @@ class Run:
         self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters, _ in groups],
                                            weight_decay=args.weight_decay, fused=True)
         training = sum(p.numel() for parameters, _ in groups for p in parameters)
-        print0(f"{model.config.backbone}: {count_parameters(model) / 1e6:.1f} M parameters, "
+        every = sum(p.numel() for p in model.parameters())
+        print0(f"{model.config.backbone}: {every / 1e6:.1f} M parameters, "
                f"{training / 1e6:.1f} M in training, on {self.device}")
         limit = f" or {args.minutes:g} minutes" if args.minutes else ""
         print0(f"batch {args.batch_size} = {self.world} process(es) x {self.accumulation_steps} "
@@ -489,8 +476,7 @@ class Run:
 
     def next_step(self, objective, batches, signals):
         """(the step's micro-batches, the normalizers, the number of a signal that any process has
-        noted). The processes agree on the clock, the first one's, and on whether one of them has
-        to stop.
+        noted).
         """
         micro_batches, problem = [], ""
         try:
@@ -500,20 +486,17 @@ class Run:
         broken = [message for batch in micro_batches for message in batch["broken"]]
         for message in broken:
             print(f"{message}; replaced by the next image", file=sys.stderr, flush=True)
-        clock = time.time() - self.started if self.rank == 0 else 0.0
-        stop = bool(problem or signals.number)
-        counts = [objective.normalizers(batch) for batch in micro_batches]
-        counts = [sum(column) for column in zip(*counts)]
-        room = [0.0] * (8 - len(counts))  # a process that has a problem has no counts
-        self.seconds, broken, stopping, *normalizers = all_sum(
-            [clock, len(broken), stop, *counts, *room])
-        self.broken += int(broken)
-        if stopping:
-            problems, numbers = zip(*gather((problem, signals.number)))
-            if any(problems):
-                raise InputError(max(problems))
-            return [], [], max(numbers)
-        return micro_batches, normalizers[:len(counts)], 0
+        counts = zip(*(objective.normalizers(batch) for batch in micro_batches))
+        counts = [float(sum(column)) for column in counts]
+
+        clock = time.time() - self.started
+        told = gather((clock, len(broken), problem, signals.number, counts))
+        clocks, broken, problems, numbers, counts = zip(*told)
+        if any(problems):
+            raise InputError(max(problems))
+        self.seconds = clocks[0]  # the first process's counts
+        self.broken += sum(broken)
+        return micro_batches, [sum(column) for column in zip(*counts)], max(numbers)
 
     def log(self, line):
         """Add a dict to log.jsonl."""
@@ -526,8 +509,8 @@ class Run:
         args, step = self.args, self.step
         if step % args.log_every and step != 1 and self.progress < 1:
             return
-        values = all_sum([float(value) for value in sums.values()])
-        losses = dict(zip(sums, values))
+        shares = gather([float(value) for value in sums.values()])
+        losses = dict(zip(sums, map(sum, zip(*shares))))
         total = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         speed = (step - self.logged_step) * args.batch_size / (time.time() - self.logged)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -583,11 +566,11 @@ class Run:
 
 
 # The flags that say what the model is; a resumed run, and a fine-tuning, has its checkpoint's.
-MODEL_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers",
-               "decoder_layers", "queries", "temperature", "dropout", "train_stem")
-# With --init FILE the model is the file's, and these flags can only agree with it
-FREE_FLAGS = ("dropout", "train_stem")
-FILE_FLAGS = (*(flag for flag in MODEL_FLAGS if flag not in FREE_FLAGS), "backbone_weights")
+# With --init FILE the sizes are the file's; FILE_FLAGS can only agree with it.
+SIZE_FLAGS = ("backbone", "stride", "width", "heads", "feed_forward", "encoder_layers",
+              "decoder_layers", "queries", "temperature")
+MODEL_FLAGS = (*SIZE_FLAGS, "dropout", "train_stem")
+FILE_FLAGS = (*SIZE_FLAGS, "backbone_weights")
 # The miniature world on two cores in 19 minutes: smaller, with a recipe that is faster at first
 MINI_MODEL = dict(backbone="r18", backbone_weights="none", stride=16, width=128, heads=4,
                   feed_forward=256, encoder_layers=3, decoder_layers=5, queries=9,
@@ -643,7 +626,7 @@ def shared_flags(usage, description):
                    help="loader processes of each training process; 0: it loads itself")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=tuple(BACKBONES), default="r50", help="ResNet-18 .. 152")
+    g.add_argument("--backbone", choices=BACKBONES, default="r50", help="ResNet-18 .. 152")
     g.add_argument("--backbone-weights", default="imagenet", metavar="WEIGHTS",
                    help="imagenet, none, or the file of a torchvision state dict")
     g.add_argument("--stride", type=int, choices=(16, 32), default=32, help="pixels a grid cell")
@@ -668,7 +651,7 @@ def shared_flags(usage, description):
     g.add_argument("--lr", type=AMOUNT, default=1e-4, help="the transformer's learning rate")
     g.add_argument("--lr-backbone", type=AMOUNT, default=1e-5, help="the ResNet's learning rate")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
-                   help="step: x 0.1 for the last third (fine-tuning: after the task's epochs)")
+                   help="step: x 0.1 for the last third (fine-tuning: after 1/2 and 3/4)")
     g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
     g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
@@ -690,7 +673,8 @@ def shared_flags(usage, description):
     g.add_argument("--timeout", type=number(float, 0.01, 1e6), default=60, metavar="MINUTES",
                    help="a process may keep the others waiting so long, first reading included")
 
-    parser.set_defaults(temperature=10000.0)  # longest wavelength of positions, without a flag
+    # Without a flag: the longest wavelength of positions, and DETR's decay, for the last third
+    parser.set_defaults(temperature=10000.0, decay=[2 / 3])
     return parser
 
 
@@ -792,8 +776,8 @@ def new_model(args, tokenizer, names, **more):
 
 
 def detr_model(args, tokenizer, names):
-    """A model in the sizes of DETR's weights and with them. Words, and the heads that DETR has not,
-    start anew; COCO's classes too if the data has others. The sizes become the run's flags.
+    """A model in the sizes of DETR's weights and with them. Words, and the heads that DETR has not
+    or has in another size, start anew. The sizes become the run's flags.
     """
     state = load_checkpoint(args.init, "--init")
     config = state["config"]
@@ -801,39 +785,19 @@ def detr_model(args, tokenizer, names):
         raise InputError(f"--init {args.init}: not DETR's weights; --resume goes on with a "
                          "checkpoint of pre-training")
     check_file_flags(args, config, FILE_FLAGS)
-    for flag in MODEL_FLAGS:
-        if flag not in FREE_FLAGS:
-            setattr(args, flag, getattr(config, flag))
+    for flag in SIZE_FLAGS:
+        setattr(args, flag, getattr(config, flag))
     model = new_model(args, tokenizer, names, activation=config.activation,
-                      decoder_norm=config.decoder_norm, detr_positions=config.detr_positions)
-    if names["coco"] != state["names"]["coco"]:
-        state["model"] = {name: tensor for name, tensor in state["model"].items()
-                          if not name.startswith("classes.")}
+                      decoder_norm=config.decoder_norm)
     load_pretrained(model, state["model"], print0)
     return model
-
-
-def pretraining_set(args, data, tokenizer):
-    """The training images with the words of their objects' names."""
-    names = data["names"]
-    words = {kind: [tokenizer.encode(name)[1:-1] for name in names[kind]]
-             for kind in ("coco", "vg", "attributes")}
-    named = set(itertools.chain(*words["coco"], *words["vg"], *words["attributes"]))
-    if "attributes" in args.without:
-        words["attributes"] = [[] for _ in names["attributes"]]
-    return PretrainingSet(
-        data["train"], tokenizer, len(names["attributes"]), short_sides=args.short_sides,
-        long_side=args.long_side, sentences_per_image=args.sentences_per_picture,
-        without_sentence=args.without_sentence, seed=args.seed, named=named,
-        named_share=args.mask_named, words=words if args.grid_word_loss else None,
-        wrong_sentences=0.0 if "itm" in args.without else 0.5)
 
 
 def pretrain(args, state):
     run = Run(args, state)
     if args.mini and not args.pairs and not os.path.exists(args.data):
         print0(f"writing the miniature world to {args.data}")
-        on_first_process(lambda: shapes.write_world(args.data, flag="--data"))
+        on_first_process(lambda: shapes.write_world(args.data))
     if args.pairs and not {"detection", "attributes"}.issubset(args.without):
         raise InputError("--pairs: has no boxes; give --without detection attributes")
     data = pretraining_index(args.data, args.sets, args.index, print0, args.pairs,
@@ -850,12 +814,10 @@ def pretrain(args, state):
         tokenizer = Tokenizer(state["vocabulary"], state["config"].max_tokens)
         model = build_model(state, args.resume)
     model.to(run.device)
-    mean_objects = 0.0
-    if run.rank == 0:
-        mean_objects = describe("train", data["train"], names, args.queries, tokenizer, print0)
-        describe("val", val, names, args.queries, tokenizer, print0)
+    mean_objects = describe("train", data["train"], names, args.queries, tokenizer, print0)
+    describe("val", val, names, args.queries, tokenizer, print0)
     if args.no_object_weight is None:  # kept with the flags, so that a resumed run has it too
-        args.no_object_weight = no_object_weight(gather(mean_objects)[0], args.queries)
+        args.no_object_weight = no_object_weight(mean_objects, args.queries)
         print0(f"no-object weight: {args.no_object_weight:.2f}")
 
     backbone = [p for p in model.backbone.resnet.parameters() if p.requires_grad]
@@ -868,7 +830,8 @@ def pretrain(args, state):
         torch._dynamo.config.recompile_limit = 64  # torch 2.11: even and odd sides apart
         # One graph, with sizes that may vary; recomputing sets the masks anew, which parts it
         model.compile(fullgraph=not args.activation_checkpointing)
-    loader = run.loader(pretraining_set(args, data, tokenizer), data["train"].sizes,
+    loader = run.loader(PretrainingSet(data["train"], tokenizer, names, args),
+                        data["train"].sizes,
                         functools.partial(collate, pad=tokenizer.pad, stride=args.stride))
     weights = loss_weights(args.loss_weights, args.without, args.grid_word_loss)
     probes = prepare_probes(tokenizer, names, val) if val else None
@@ -882,9 +845,9 @@ def pretrain(args, state):
         if run.rank > 0:
             return
         draw_curves([args.output], os.path.join(args.output, "curves.png"))
-        draw_sheet(os.path.join(args.output, "sheet.png"), model, tokenizer, names, val[:12],
-                   args.without, device=run.device, short=max(args.short_sides),
-                   long=args.long_side)
+        state = {"vocabulary": tokenizer.vocabulary, "names": names, "args": vars(args)}
+        predictor = Predictor(state, run.device, model)
+        draw_sheet(os.path.join(args.output, "sheet.png"), predictor, val[:12])
         for key, value in measures.items():
             if key.startswith("val_"):
                 blind = measures.get(key.replace("val_", "blind_"), math.nan)
@@ -892,7 +855,7 @@ def pretrain(args, state):
         print0(f"see {args.output}/curves.png and sheet.png")
 
     objective = Pretraining(model, args.no_object_weight)
-    return train(run, objective, loader, optimizer, weights, last_third, validate,
+    return train(run, objective, loader, optimizer, weights, validate,
                  lambda step: args.val_every and step % args.val_every == 0)
 
 

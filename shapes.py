@@ -553,14 +553,12 @@ def vocabulary(texts):
     return [*SPECIAL, *characters, *[f"##{character}" for character in characters], *words]
 
 
-def write_world(folder, seed=1, train=4000, val=200, test=200, hard=False, flag="--output"):
-    """Write the world to `folder`, whole or not at all. hard: of `render`, for COCO's images; flag:
-    the name of the folder in errors.
-    """
+def write_world(folder, seed=1, train=4000, val=200, test=200, hard=False):
+    """Write the world to `folder`, whole or not at all. hard: of `render`, for COCO's images."""
     folder = Path(folder)
     try:
         if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{flag} {folder}: is not empty; give another folder, or move it away")
+            raise InputError(f"{folder}: is not empty; give another folder, or move it away")
 
         files, texts = {}, []
         coco = add_coco(files, texts, seed, train * 3 // 4, val, test, hard)
@@ -583,7 +581,7 @@ def write_world(folder, seed=1, train=4000, val=200, test=200, hard=False, flag=
                 path.write_bytes(content)
             Path(temporary, "world").rename(folder)
     except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def main(argv=None):

@@ -31,10 +31,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
-                  flip_and_crop, load_or_build_index, number, pad_tokens, parse_json, read_boxes,
+                  flip_and_crop, load_or_build_index, number, pad_tokens, read_boxes,
                   read_json, read_pairs, read_text, safe_name)
-from matcher import (NO_OBJECT_WEIGHT, boxes_in_pixels, detection_target, loss_normalizers,
-                     no_object_weight, set_loss)
+from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
 
 TASKS = {}
 
@@ -61,11 +60,10 @@ def check_ids(path, given, wanted, known):
     whatever is there, and the score of a part looks like one of the whole.
     """
     counts, known = Counter(given), set(known)
-    double = [i for i, count in counts.items() if count > 1]
-    unknown = [i for i in counts if i not in known]
-    missing = [i for i in wanted if i not in counts]
-    for ids, problem in ((double, "is there more than once"), (unknown, "is not known"),
-                         (missing, "is missing")):
+    problems = {"is there more than once": [i for i, count in counts.items() if count > 1],
+                "is not known": [i for i in counts if i not in known],
+                "is missing": [i for i in wanted if i not in counts]}
+    for problem, ids in problems.items():
         if ids:
             raise InputError(f"{path}: id {ids[0]} {problem} ({len(ids)} such ids of {len(known)})")
 
@@ -86,26 +84,17 @@ class Task:
     can = ()                          # what its checkpoint can be asked, see evaluate.Predictor
     modules = ("backbone", "sentence", "encoder", "classifier")  # of the model, those that train
     selection_metric = ("accuracy",)  # the sum of these says which checkpoint is best
-    settings = dict(batch_size=32, epochs=12, lr=1e-4, decay=[6, 9])  # section 5.1
+    settings = dict(batch_size=32, epochs=12, lr=1e-4, decay=[1 / 2, 3 / 4])  # section 5.1
     mini = dict(batch_size=16, minutes=4.0)                           # of the miniature world
     blind_examples = 1000             # so many, the first ones, are asked blind too
     by_sentence = False               # an epoch has each example with each of its own sentences
     negatives = 0                     # wrong sentences that are drawn for each
     logged = ()                       # what `losses` gives for the log alone
-    train_splits = ("train",)         # without val unless nothing is validated
     variant = ""                      # one of several things that `read` may give
     Result = Result                   # a record of its result file: id, answer
     labels = ()                       # the classifier's answers, in the order of its outputs
     names = {}                        # {"coco": [...]}: the names of the model's classes
     names_read = {}                   # those of the data, if `read` has met any
-
-    @classmethod
-    def add_flags(cls, group):
-        """Its fields made by `flag`, as flags of an argparse group."""
-        for f in fields(cls):
-            if f.metadata:
-                name = "--" + f.name.replace("_", "-")
-                group.add_argument(name, default=f.default, **f.metadata)
 
     # What it reads
 
@@ -147,9 +136,6 @@ class Task:
         return sorted(train_targets)
 
     # How it learns
-
-    def set_balance(self, mean_objects, queries):
-        """Called once before training: the mean number of objects in an image, and of queries."""
 
     def sentences(self, examples, rng=None):
         """What is read with one image's examples, unless an epoch goes `by_sentence`."""
@@ -202,22 +188,19 @@ class Task:
 
     def read_results(self, path):
         """A result file: [(id, answer)]."""
-        rows = read_json(path, list[self.Result], "the score")
+        rows = read_json(path, list[self.Result])
         return [msgspec.structs.astuple(row) for row in rows]
 
-    def question_ids(self, path):
-        """The ids in a file of all that may be answered."""
-        raise InputError(f"--questions {path}: --task {self.name} has no such file")
-
     def score_file(self, results, against, split="test", questions=None):
-        """The scores of anybody's result file by an official annotation file. questions: a file of
-        all that may be answered, by default what `against` has.
+        """The scores of anybody's result file by an official annotation file. questions: VQA's file
+        of all that may be answered, by default what `against` has.
         """
         examples = self.truth(against, split)
-        ids = [e.id for e in examples]
+        ids = known = [e.id for e in examples]
+        if questions:
+            known = [q.question_id for q in read_json(questions, VqaQuestions).questions]
         rows = self.read_results(results)
-        check_ids(results, [i for i, _ in rows], ids,
-                  self.question_ids(questions) if questions else ids)
+        check_ids(results, [i for i, _ in rows], ids, known)
         answers = dict(rows)
         return self.score([answers[i] for i in ids], examples)
 
@@ -330,32 +313,22 @@ def vqa_accuracy(answer, people):
 class VQA(Task):
     """Questions about an image, a shared list of 3,129 answers of which several may be right."""
 
-    answers: str | None = flag(None, metavar="FILE", help="VQA: a JSON list of answers (default: "
-                               "those most people gave to 9 questions or more of train and val)")
-    train_splits: tuple[str, ...] = flag(
-        ("train",), nargs="+", choices=("train", "val"), help="VQA: what to train on; train val "
-        "for a test-dev run, whose last checkpoint is its best.pt (default: train)")
-
     name = "vqa"
     can = ("answer",)
     selection_metric = ("overall",)
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=7.0, val_every=3)
     Result = VqaResult
 
-    def __post_init__(self):
-        if list(self.train_splits) not in (["train"], ["train", "val"]):
-            raise InputError("--train-splits: can be train, or train val")
-
     def truth(self, path, split):
         return [Example(r.question_id, answers=[a.answer for a in r.answers],
                         answer_type=r.answer_type, target=r.multiple_choice_answer)
-                for r in read_json(path, VqaAnnotations, f"VQA's {split} split").annotations]
+                for r in read_json(path, VqaAnnotations).annotations]
 
     def read(self, data, split, say=print):
         is_test = split.startswith("test")
         release = f"{split}2015" if is_test else f"{split}2014"
         path = f"{data}/vqa/v2_OpenEnded_mscoco_{release}_questions.json"
-        questions = read_json(path, VqaQuestions, f"VQA's {split} split").questions
+        questions = read_json(path, VqaQuestions).questions
         annotated = {}
         if not is_test:
             path = f"{data}/vqa/v2_mscoco_{release}_annotations.json"
@@ -381,19 +354,14 @@ class VQA(Task):
         return None if example.target is None else normalise_answer(example.target)
 
     def choose_labels(self, train_targets, val_targets, say=print):
-        """bottom-up-attention's list: what most people said to at least 9 questions."""
-        counts = Counter(train_targets)
-        if "val" not in self.train_splits:  # else they are counted already
-            counts += Counter(val_targets)
-        if self.answers:
-            labels = read_json(self.answers, list[str], "VQA's answers")
-        else:
-            labels = sorted(answer for answer, n in counts.items() if n >= 9)
-            if counts.total() > 100_000 and len(labels) != 3129:
-                say(f"warning: {len(labels)} answers were given to 9 questions or more; of the "
-                    "official files it should be 3129")
-        if not labels:
-            raise InputError(f"--answers {self.answers}: there is no answer to choose from")
+        """bottom-up-attention's list: what most people said to at least 9 questions; of few
+        questions of one's own, where no answer is so frequent, all answers.
+        """
+        counts = Counter(train_targets) + Counter(val_targets)
+        labels = sorted(answer for answer, n in counts.items() if n >= 9) or sorted(counts)
+        if counts.total() > 100_000 and len(labels) != 3129:
+            say(f"warning: {len(labels)} answers were given to 9 questions or more; of the "
+                "official files it should be 3129")
         return labels
 
     def target(self, example):
@@ -423,9 +391,6 @@ class VQA(Task):
         return {kind: 100 * sum(accuracy[kind]) / len(accuracy[kind])
                 for kind in ("overall", "yes/no", "number", "other") if accuracy[kind]}
 
-    def question_ids(self, path):
-        return [q.question_id for q in read_json(path, VqaQuestions, "the score").questions]
-
 
 # --------------------------------------------------------------------------------------------------
 # NLVR2
@@ -453,9 +418,7 @@ class NLVR2(Task):
                 weight_decay=0.05)
 
     def truth(self, path, split):
-        lines = enumerate(read_text(path, f"NLVR2's {split} split").split("\n"), 1)
-        records = [parse_json(line, Nlvr2Record, f"{path}: line {n}")
-                   for n, line in lines if line.strip()]
+        records = read_json(path, Nlvr2Record, lines=True)
         if not records:
             raise InputError(f"{path}: holds no record; download it again")
         examples = []
@@ -490,7 +453,7 @@ class NLVR2(Task):
 
     def read_results(self, path):
         rows = []
-        for n, line in enumerate(read_text(path, "the score").split("\n"), 1):
+        for n, line in enumerate(read_text(path).split("\n"), 1):
             identifier, _, value = map(str.strip, line.partition(","))
             if value.lower() in ("true", "false"):
                 rows.append((identifier, value.capitalize()))
@@ -510,6 +473,7 @@ class Captioned(Task):
     """
 
     by_sentence = True
+    karpathy = ""                    # whose splits
 
     pairs: str | None = None         # --pairs, see data.read_pairs
     pairs_images: str | None = None  # --images
@@ -520,13 +484,24 @@ class Captioned(Task):
     def read(self, data, split, say=print):
         if self.pairs:
             return read_pairs(self.pairs, self.pairs_images, split, say)
-        return self.read_official(data, split)
+        folder = f"{data}/{self.karpathy}"
+        examples = self.truth(f"{folder}/dataset_{self.karpathy}.json", split)
+        for example in examples:
+            example.files = [coco_file(data, example.id) if self.karpathy == "coco"
+                             else f"{folder}/flickr30k-images/{example.id}"]
+        return examples
 
     def truth(self, path, split):
+        """Of Karpathy's file, of pairs, or of COCO's captions_*.json, which has one split."""
         if path.endswith((".csv", ".jsonl")):
             return read_pairs(path, "", split)
+        if os.path.basename(path).startswith("captions_"):
+            captions = defaultdict(list)
+            for annotation in read_json(path, CocoCaptions).annotations:
+                captions[annotation.image_id].append(annotation.caption)
+            return [Example(i, sentences=sentences) for i, sentences in captions.items()]
         examples = []
-        for image in read_json(path, Karpathy, "Karpathy's splits").images:
+        for image in read_json(path, Karpathy).images:
             if image.split.replace("restval", "train") == split:
                 name = safe_name(image.filename, path)
                 sentences = [sentence.raw.strip() for sentence in image.sentences]
@@ -595,35 +570,19 @@ class CaptionResult(Struct):
 class Captioning(Captioned):
     """COCO captions, Karpathy's splits; beam search of 4 and length penalty 0.9 (section 5.1)."""
 
-    label_smoothing: float = flag(0.1, type=number(float, 0, 1), metavar="SHARE",
-                                  help="captioning: the target's share of all words")
+    label_smoothing: float = 0.1
     beam: int = 4
     alpha: float = 0.9
     meteor: bool = False  # it takes a minute more at COCO's size, so not at each validation
 
     name = "caption"
+    karpathy = "coco"
     new_head = False
     can = ("caption",)
     modules = ("backbone", "sentence", "encoder", "decoder", "caption")
     selection_metric = ("CIDEr",)
     mini = dict(batch_size=16, sentences_per_picture=4, minutes=4.0)
     Result = CaptionResult
-
-    def truth(self, path, split):
-        """Of Karpathy's file, of pairs, or of COCO's captions_*.json, which has one split."""
-        if path.endswith((".csv", ".jsonl")) or \
-                "annotations" not in read_json(path, dict[str, msgspec.Raw], "the score"):
-            return super().truth(path, split)
-        captions = defaultdict(list)
-        for annotation in read_json(path, CocoCaptions, "the score").annotations:
-            captions[annotation.image_id].append(annotation.caption)
-        return [Example(i, sentences=sentences) for i, sentences in captions.items()]
-
-    def read_official(self, data, split):
-        examples = self.truth(f"{data}/coco/dataset_coco.json", split)
-        for example in examples:
-            example.files = [coco_file(data, example.id)]
-        return examples
 
     def normalizers(self, batch, config):
         return [float((batch["tokens"][:, 1:] != config.pad).sum())]
@@ -683,10 +642,9 @@ def retrieval_scores(scores, owner):
     """
     P, S = scores.shape
     image_rank = (~(scores < scores[owner, np.arange(S)])).sum(0)  # it counts itself: the "1 +"
-    sentence_rank = np.empty(P, int)
-    for p in range(P):
-        own = owner == p
-        sentence_rank[p] = 1 + (~(scores[p, ~own] < scores[p, own].max())).sum()
+    own = owner == np.arange(P)[:, None]                       # (P, S)
+    best = np.where(own, scores, -np.inf).max(1, keepdims=True)
+    sentence_rank = 1 + (~own & ~(scores < best)).sum(1)
     return {f"{name}@{k}": float((rank <= k).mean())
             for name, rank in (("IR", image_rank), ("TR", sentence_rank)) for k in (1, 5, 10)}
 
@@ -715,6 +673,7 @@ class Retrieval(Captioned):
     similarity_temperature: float = 4.0
 
     name = "flickr30k"
+    karpathy = "flickr30k"
     new_head = False
     can = ("match",)
     modules = ("backbone", "sentence", "encoder", "itm")
@@ -724,12 +683,6 @@ class Retrieval(Captioned):
     settings = dict(batch_size=64, epochs=4, lr=5e-5, decay=[], val_examples=200)
     mini = dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
-
-    def read_official(self, data, split):
-        examples = self.truth(f"{data}/flickr30k/dataset_flickr30k.json", split)
-        for example in examples:
-            example.files = [f"{data}/flickr30k/flickr30k-images/{example.id}"]
-        return examples
 
     def losses(self, model, batch, normalizers):
         """Each sentence with its image, with up to n others, and its image with n other sentences;
@@ -832,11 +785,18 @@ def detection_scores(results, truth, image_ids=None):
     return {name: float(value) for name, value in zip(names, evaluation.stats)}
 
 
-def best_classes(objects, source):
-    """The last layer's answer: scores (B, Q), labels (B, Q) but no-object, boxes (B, Q, 4)."""
+def best_boxes(objects, source, sizes):
+    """The last layer's answer: for each image [(label, [x, y, w, h] in pixels, score)], one a
+    query, with its likeliest class but no-object. sizes: (height, width) of the images.
+    """
     probabilities = objects["logits"][source][-1].float().softmax(-1)
     scores, labels = probabilities[..., :-1].max(-1)
-    return scores, labels, objects["boxes"][-1]
+    output = scores.tolist(), labels.tolist(), objects["boxes"][-1].cpu()
+    answers = []
+    for scores, labels, boxes, size in zip(*output, sizes):
+        boxes = boxes_in_pixels(boxes, size).tolist()
+        answers.append(list(zip(labels, boxes, scores)))
+    return answers
 
 
 @register
@@ -857,7 +817,6 @@ class Detection(Task):
     val_images: str | None = None
 
     name = "detection"
-    no_object = NO_OBJECT_WEIGHT
     new_head = False
     can = ("detect",)
     selection_metric = ("AP",)
@@ -878,26 +837,24 @@ class Detection(Task):
                 "box"]
 
     def own_files(self, split):
-        annotations = getattr(self, f"{split}_annotations", None)
-        images = getattr(self, f"{split}_images", None)
         if not (self.train_annotations or self.val_annotations):
             return ()
-        if not (annotations and images):
+        own = [getattr(self, f"{split}_{kind}", None) for kind in ("annotations", "images")]
+        if not all(own):
             raise InputError(f"--{split}-annotations and --{split}-images: both are needed with "
                              "boxes of one's own")
         if self.text == "caption":
             raise InputError("--text caption: boxes of one's own have no captions; give --text "
                              "none")
-        return annotations, images
+        return own
 
-    def annotations_path(self, data, split):
-        own = self.own_files(split)
-        return own[0] if own else f"{data}/coco/annotations/instances_{split}2017.json"
+    def files(self, data, split):
+        """(the annotations, the images' folder)."""
+        return self.own_files(split) or (f"{data}/coco/annotations/instances_{split}2017.json",
+                                         f"{data}/coco/{split}2017")
 
     def read(self, data, split, say=print):
-        own = self.own_files(split)
-        folder = own[1] if own else f"{data}/coco/{split}2017"
-        path = self.annotations_path(data, split)
+        path, folder = self.files(data, split)
         examples, names, _ = read_boxes(path, folder, complete=split != "train", say=say)
         if self.text == "caption":
             add_captions(examples, f"{data}/coco/annotations/captions_{split}2017.json")
@@ -907,11 +864,6 @@ class Detection(Task):
     def sentences(self, examples, rng=None):
         sentences = examples[0].sentences or [""]
         return [rng.choice(sentences) if rng else sentences[0]]
-
-    def set_balance(self, mean_objects, queries):
-        self.no_object = self.no_object_weight
-        if self.no_object is None:
-            self.no_object = no_object_weight(mean_objects, queries)
 
     def augment_images(self, images, examples, rng):
         if self.augment == "none":
@@ -923,7 +875,7 @@ class Detection(Task):
         return detection_target("coco", example.coco)
 
     def normalizers(self, batch, config):
-        return loss_normalizers(batch["targets"], config.queries, self.no_object)
+        return loss_normalizers(batch["targets"], config.queries, self.no_object_weight)
 
     def detect(self, model, batch):
         tokens = batch["tokens"] if self.text == "caption" else None
@@ -931,22 +883,16 @@ class Detection(Task):
         return model.detect(model.encode(grid, tokens))
 
     def losses(self, model, batch, normalizers):
-        objects = self.detect(model, batch)
-        objects["logits"] = {"coco": objects["logits"]["coco"]}
-        return set_loss(objects, batch["targets"], normalizers, self.no_object)
+        return set_loss(self.detect(model, batch), batch["targets"], normalizers,
+                        self.no_object_weight)
 
     def answer(self, model, batch, examples, tokenizer):
-        """For each image [(label, [x, y, w, h] in pixels, score)], one a query."""
-        answers = []
-        output = (x.cpu() for x in best_classes(self.detect(model, batch), "coco"))
-        for example, scores, labels, boxes in zip(examples, *output):
-            boxes = boxes_in_pixels(boxes, example.size)
-            answers.append(list(zip(labels.tolist(), boxes.tolist(), scores.tolist())))
-        return answers
+        sizes = [example.size for example in examples]
+        return best_boxes(self.detect(model, batch), "coco", sizes)
 
     def annotations(self, path):
         """(what COCO's file holds, a dict; {category's name: its id}, by id)."""
-        instances = read_json(path, CocoInstances, "the score")
+        instances = read_json(path, CocoInstances)
         truth = msgspec.json.decode(msgspec.json.encode(instances))  # pycocotools wants lists
         for count, annotation in enumerate(truth["annotations"], 1):
             annotation["id"] = count  # pycocotools takes 0, and one twice, for no annotation
@@ -959,7 +905,7 @@ class Detection(Task):
         """(answers as dicts of a result file, COCO's annotations). Classes go by their names: those
         that the annotations do not have cannot be scored.
         """
-        truth, ids = self.annotations(self.annotations_path(data, split))
+        truth, ids = self.annotations(self.files(data, split)[0])
         names = self.names.get("coco") or list(ids)
         records = []
         for example, found in zip(examples, answers):
@@ -982,7 +928,7 @@ class Detection(Task):
         """An image may have any number of boxes, but its id and theirs must be known."""
         truth, categories = self.annotations(against)
         images = [image["id"] for image in truth["images"]]
-        rows = read_json(results, list[DetectionResult], "the score")
+        rows = read_json(results, list[DetectionResult])
         check_ids(f"{results}, image_id", {row.image_id for row in rows}, [], images)
         check_ids(f"{results}, category_id", {row.category_id for row in rows}, [],
                   categories.values())

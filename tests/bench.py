@@ -14,7 +14,9 @@ sides, which changes nothing in the time. No test asserts a ratio: it depends on
 
 import argparse
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the peers' weights are random: nothing to fetch
 
@@ -38,18 +41,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.v2 import RandomShortestSize
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import pretrain  # noqa: E402
 from data import (IMAGE_MEAN, IMAGE_STD, LONG_SIDE, SHORT_SIDES, SPECIAL, Example,  # noqa: E402
                   Objects, Tokenizer, load_or_build_index, resized)
-from matcher import LOSS_WEIGHTS, set_loss  # noqa: E402
+from matcher import set_loss  # noqa: E402
 from model import E2EVLP, Config  # noqa: E402
-from pretrain import (Batches, Pretraining, PretrainingSet, collate,  # noqa: E402
-                      loss_weights)
+from pretrain import Batches, Pretraining, collate, loss_weights  # noqa: E402
 
 
 def row(name, ours, peer, unit, target, note="", more_is_better=False):
@@ -62,20 +65,32 @@ def row(name, ours, peer, unit, target, note="", more_is_better=False):
             "ratio": ratio, "target": target, "holds": ratio >= target, "note": note}
 
 
-def medians(args, *functions, rounds=3):
-    """The median seconds of each; they take turns.
-
-    Each has run before, when its output was checked, so no first call with its set-up is measured.
-    """
-    times = [[] for _ in functions]
+def medians_of(args, *functions, rounds=3):
+    """The median of what each function returns; they take turns."""
+    values = [[] for _ in functions]
     for _ in range(1 if args.quick else rounds):
-        for function, seconds in zip(functions, times):
-            synchronize(args.device)
-            started = time.perf_counter()
-            function()
-            synchronize(args.device)
-            seconds.append(time.perf_counter() - started)
-    return [statistics.median(seconds) for seconds in times]
+        for function, measured in zip(functions, values):
+            measured.append(function())
+    return list(map(statistics.median, values))
+
+
+def medians(args, *functions, rounds=3):
+    """The median seconds of each. Each runs once before, so that no first call with its set-up is
+    measured; a tensor that it returns has to be finite.
+    """
+    for function in functions:
+        result = function()
+        assert not torch.is_tensor(result) or result.isfinite().all()
+
+    def seconds(function):
+        synchronize(args.device)
+        started = time.perf_counter()
+        function()
+        synchronize(args.device)
+        return time.perf_counter() - started
+
+    timed = [functools.partial(seconds, function) for function in functions]
+    return medians_of(args, *timed, rounds=rounds)
 
 
 def synchronize(device):
@@ -127,61 +142,63 @@ def random_crop(image):
     return transforms.RandomCrop((height, width))(image)
 
 
-class DetrImages(list):
-    """The peer: DETR's published transforms of training, and its collation, with torchvision."""
+# DETR's published transforms of training
+SCALE = RandomShortestSize(list(SHORT_SIDES), LONG_SIDE)
+CROP = transforms.Compose([RandomShortestSize([400, 500, 600]), random_crop, SCALE])
+TRANSFORM = transforms.Compose([
+    transforms.RandomHorizontalFlip(), transforms.RandomChoice([SCALE, CROP]),
+    transforms.ToTensor(), transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
 
-    scale = transforms.RandomChoice([transforms.Resize(side, max_size=LONG_SIDE)
-                                     for side in SHORT_SIDES])
-    smaller = transforms.RandomChoice([transforms.Resize(side) for side in (400, 500, 600)])
-    cropped = transforms.Compose([smaller, transforms.Lambda(random_crop), scale])
-    transform = transforms.Compose([
-        transforms.RandomHorizontalFlip(), transforms.RandomChoice([scale, cropped]),
-        transforms.ToTensor(), transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
 
-    def __getitem__(self, index):
-        return self.transform(Image.open(super().__getitem__(index)).convert("RGB"))
-
-    @staticmethod
-    def collate(images):  # nested_tensor_from_tensor_list
-        H, W = (max(image.shape[side] for image in images) for side in (1, 2))
-        padded = torch.zeros(len(images), 3, H, W)
-        mask = torch.ones(len(images), H, W, dtype=torch.bool)
-        for row_, hidden, image in zip(padded, mask, images):
-            row_[:, :image.shape[1], :image.shape[2]].copy_(image)
-            hidden[:image.shape[1], :image.shape[2]] = False
-        return padded, mask
+def detr_batch(files):
+    """The peer: DETR's reading of images, its transforms and its collation."""
+    images = [TRANSFORM(Image.open(file).convert("RGB")) for file in files]
+    H, W = (max(image.shape[side] for image in images) for side in (1, 2))
+    padded = torch.zeros(len(images), 3, H, W)
+    mask = torch.ones(len(images), H, W, dtype=torch.bool)
+    for b, image in enumerate(images):
+        _, h, w = image.shape
+        padded[b, :, :h, :w].copy_(image)
+        mask[b, :h, :w] = False
+    return padded, mask
 
 
 def loader_speed(args):
     """Images a second through the whole loader, with words and boxes, against DETR's transforms and
     collation: 160 JPEGs of COCO's sizes, batch 4, 480 .. 800 pixels.
     """
-    tokenizer = Tokenizer([*SPECIAL, "a", "picture", "of"])
     workers = min(2, os.cpu_count() or 1)
-    rates = {"ours": [], "peer": []}
+
+    def rate(dataset, collate_fn, **sampling):
+        loader = iter(DataLoader(dataset, num_workers=workers, multiprocessing_context="fork",
+                                 collate_fn=collate_fn, **sampling))
+        next(loader)  # starting the workers is not what is measured
+        started = time.perf_counter()
+        batches = sum(1 for _ in loader)
+        return 4 * batches / (time.perf_counter() - started)
+
     with tempfile.TemporaryDirectory() as folder:
         files = write_jpegs(folder, 16 if args.quick else 160)
         seven = Objects([(0.5, 0.5, 0.5, 0.5)] * 7, [0] * 7)
         examples = [Example(file, [file], size, sentences=["a picture"], captions=1, coco=seven)
                     for file, size in files.items()]
-        for _ in range(1 if args.quick else 3):
-            batches = iter(Batches(list(files.values()), 4))
-            loaders = {
-                "ours": DataLoader(PretrainingSet(examples, tokenizer, 1), num_workers=workers,
-                                   multiprocessing_context="fork",
-                                   batch_sampler=[next(batches) for _ in range(len(files) // 4)],
-                                   collate_fn=lambda items: collate(items, pad=0, stride=32)),
-                "peer": DataLoader(DetrImages(files), batch_size=4, shuffle=True,
-                                   num_workers=workers, multiprocessing_context="fork",
-                                   collate_fn=DetrImages.collate)}
-            for name, loader in loaders.items():
-                iterator = iter(loader)
-                next(iterator)  # starting the workers is not what is measured
-                started = time.perf_counter()
-                batches_read = sum(1 for _ in iterator)
-                rates[name].append(4 * batches_read / (time.perf_counter() - started))
-    yield row("loader/pictures-per-second", *map(statistics.median, rates.values()), "pictures/s",
-              1.5, f"{workers} workers", more_is_better=True)
+        names = {"coco": ["picture"], "vg": [], "attributes": []}
+        flags, _ = pretrain.parse([])  # the paper's settings
+        dataset = pretrain.PretrainingSet(examples, Tokenizer([*SPECIAL, "a", "picture"]), names,
+                                          flags)
+        batches = iter(Batches(list(files.values()), 4))
+
+        def mine():
+            one_pass = list(itertools.islice(batches, len(files) // 4))
+            return rate(dataset, functools.partial(collate, pad=0, stride=32),
+                        batch_sampler=one_pass)
+
+        def peer():
+            return rate(list(files), detr_batch, batch_size=4, shuffle=True)
+
+        rates = medians_of(args, mine, peer)
+    yield row("loader/pictures-per-second", *rates, "pictures/s", 1.5, f"{workers} workers",
+              more_is_better=True)
 
 
 def loader_padding(args):
@@ -195,16 +212,15 @@ def loader_padding(args):
     def padding(batches):
         cells = used = 0
         for batch in batches:
-            grids = []
-            for i, draw in batch:
-                height, width = resized(*sizes[i], SHORT_SIDES[draw % len(SHORT_SIDES)])
-                grids.append((math.ceil(height / 32), math.ceil(width / 32)))
-            cells += len(batch) * max(h for h, _ in grids) * max(w for _, w in grids)
-            used += sum(h * w for h, w in grids)
-        return 1 - used / cells
+            pixels = np.array([resized(*sizes[i], SHORT_SIDES[draw % len(SHORT_SIDES)])
+                               for i, draw in batch])
+            grids = np.ceil(pixels / 32)  # rows and columns
+            cells += len(batch) * grids.max(0).prod()
+            used += grids.prod(1).sum()
+        return float(1 - used / cells)
 
-    mine = padding([key[1:] for key in batch]
-                   for batch, _ in zip(Batches(sizes, 32, world=8), range(count)))
+    batches = itertools.islice(Batches(sizes, 32, world=8), count)
+    mine = padding([(i, draw) for _, i, draw in batch] for batch in batches)
     peer = padding([(rng.randrange(len(sizes)), rng.randrange(11)) for _ in range(4)]
                    for _ in range(count))
     yield row("loader/padding", mine, peer, "share of cells", round(peer / 0.12, 2))
@@ -252,20 +268,19 @@ def loader_index(args):
     reads = 1000 if args.quick else 64_000
     with tempfile.TemporaryDirectory() as folder:
         fresh_process(build_index, folder, images, count)  # its memory must not be shared
-        with open(f"{folder}/captions.json", "w") as file:
-            json.dump([{"id": i, "image_id": i % images, "caption": f"the {i * 37 % 1009} thing"}
-                       for i in range(count)], file)
+        captions = Path(folder, "captions.json")
+        captions.write_text(json.dumps([
+            {"id": i, "image_id": i % images, "caption": f"the {i * 37 % 1009} thing"}
+            for i in range(count)]))
 
         def first_batch():
             examples = open_index(folder)
             batch = next(iter(Batches(examples.sizes, 32)))
             return [examples[i] for _, i, _ in batch]
 
-        def read_json():  # what pycocotools.COCO begins with
-            with open(f"{folder}/captions.json") as file:
-                json.load(file)
-
-        opened, mine, peer = medians(args, lambda: open_index(folder), first_batch, read_json)
+        opened, mine, peer = medians(
+            args, lambda: open_index(folder), first_batch,
+            lambda: json.loads(captions.read_text()))  # what pycocotools.COCO begins with
         megabytes = fresh_process(growth_of_reads, folder, reads)
     size = f"{images:,} images with {count:,} sentences"
     yield row("loader/start", mine, peer, "s", 3, size)
@@ -279,36 +294,35 @@ def write_coco(folder, counts):
     A polygon has 25 corners, COCO's mean, which makes the file about as large as the true one.
     """
     Image.new("RGB", (640, 427)).save(f"{folder}/image.jpg")
-    with open(f"{folder}/vocab.txt", "w") as file:
-        file.write("\n".join([*SPECIAL, "a", "the", "thing"]))
+    Path(folder, "vocab.txt").write_text("\n".join([*SPECIAL, "a", "the", "thing"]))
     os.makedirs(f"{folder}/coco/annotations")
     for split, (images, boxes, captions) in (("train", counts), ("val", (9, 9, 9))):
         os.mkdir(f"{folder}/coco/{split}2017")
         for i in range(images):
             os.symlink(f"{folder}/image.jpg", f"{folder}/coco/{split}2017/{i:012d}.jpg")
+        records = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 427, "width": 640}
+                   for i in range(images)]
         instances = {
-            "images": [{"id": i, "file_name": f"{i:012d}.jpg", "height": 427, "width": 640}
-                       for i in range(images)],
+            "images": records,
             "categories": [{"id": i, "name": f"thing {i}"} for i in range(1, 81)],
             "annotations": [{"id": i, "image_id": i % images, "category_id": 1 + i % 80,
                              "segmentation": [[418.75] * 50], "iscrowd": 0, "area": 702.1057,
                              "bbox": [i % 400 + 0.02, i % 300 + 0.97, 18.7, 52.3]}
                             for i in range(boxes)]}
-        sentences = {"images": instances["images"], "annotations": [
+        sentences = {"images": records, "annotations": [
             {"id": i, "image_id": i % images, "caption": f"the {i % 1009} thing with number {i}"}
             for i in range(captions)]}
         for name, content in (("instances", instances), ("captions", sentences)):
-            with open(f"{folder}/coco/annotations/{name}_{split}2017.json", "w") as file:
-                file.write(json.dumps(content))
+            path = Path(folder, f"coco/annotations/{name}_{split}2017.json")
+            path.write_text(json.dumps(content))
 
 
 def seconds_of_pycocotools(folder):
     from pycocotools.coco import COCO
     started = time.perf_counter()
     with contextlib.redirect_stdout(None):  # it prints its progress
-        for split in ("train", "val"):
-            COCO(f"{folder}/coco/annotations/instances_{split}2017.json")
-            COCO(f"{folder}/coco/annotations/captions_{split}2017.json")
+        for name in ("instances_train", "captions_train", "instances_val", "captions_val"):
+            COCO(f"{folder}/coco/annotations/{name}2017.json")
     return time.perf_counter() - started
 
 
@@ -338,14 +352,15 @@ def start(args):
     with tempfile.TemporaryDirectory() as folder:
         fresh_process(write_coco, folder, counts)
         built = seconds_to_first_step(folder)
-        times = [(seconds_to_first_step(folder), fresh_process(seconds_of_pycocotools, folder))
-                 for _ in range(1 if args.quick else 3)]
-    yield row("start", *map(statistics.median, zip(*times)), "s", 3,
-              f"building the index, once, took {built:.0f} s")
+        mine, peer = medians_of(args, lambda: seconds_to_first_step(folder),
+                                lambda: fresh_process(seconds_of_pycocotools, folder))
+    yield row("start", mine, peer, "s", 3, f"building the index, once, took {built:.0f} s")
 
 
 # --------------------------------------------------------------------------------------------------
 # Models, images and sentences
+
+SMALL_BERT = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4)  # with --quick
 
 
 def ours(args, **changes):
@@ -354,31 +369,28 @@ def ours(args, **changes):
         changes.update(backbone="r18", encoder_layers=2, decoder_layers=2, vocabulary=500,
                        classes={"coco": 80, "vg": 20})
     torch.manual_seed(0)
-    return sane(E2EVLP(Config(**{"dropout": 0.0, **changes}))).to(args.device).eval()
+    model = scaled(E2EVLP(Config(**{"dropout": 0.0, **changes})))
+    model.load_state_dict(model.state_dict())  # frozen norms are folded anew
+    return model.to(args.device).eval()
 
 
-def sane(model):
-    """The last norm of each residual block scaled to 0.2, on both sides.
+def scaled(model):
+    """Every batch norm's weight scaled to 0.7, on both sides.
 
     A ResNet of random weights doubles its variance in each block; after fifty of them all that
     follows is made of zeros and ones, and a CPU computes with denormal numbers slowly.
     """
     for module in model.modules():
-        if isinstance(module, Bottleneck):
-            module.bn3.weight.data.mul_(0.2)
-        elif isinstance(module, BasicBlock):
-            module.bn2.weight.data.mul_(0.2)
-        elif type(module).__name__ in ("ResNetBottleNeckLayer", "ResNetBasicLayer"):  # transformers
-            module.layer[-1].normalization.weight.data.mul_(0.2)
-    if isinstance(model, E2EVLP):
-        model.load_state_dict(model.state_dict())  # frozen norms are folded anew
+        if hasattr(module, "running_var"):
+            module.weight.data.mul_(0.7)
     return model
 
 
-def resnet(args, name, norm):
-    """torchvision's ResNet; with --quick the smallest."""
+def resnet_layers(args, name, norm, leave_out):
+    """(torchvision's ResNet without its last layers, those layers); with --quick the smallest."""
     build = getattr(torchvision.models, "resnet18" if args.quick else name)
-    return sane(build(norm_layer=norm))
+    layers = list(scaled(build(norm_layer=norm)).children())
+    return nn.Sequential(*layers[:-leave_out]), layers[-leave_out:]
 
 
 def pixels(args, height, width, batch=1):
@@ -437,6 +449,62 @@ def flops_of(function):
 
 
 # --------------------------------------------------------------------------------------------------
+# Training steps, their time and memory
+
+
+def weighted_sum(losses):
+    weights = loss_weights()
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
+def all_losses(model, batch, normalizers=None):
+    """The weighted sum of pre-training's losses; normalizers: by default the batch's."""
+    objective = Pretraining(model)
+    return weighted_sum(objective(batch, normalizers or objective.normalizers(batch)))
+
+
+def training_step(args, model, loss, precision="fp32", clip=0.0, update=True):
+    """A function that does one step and returns its loss: forward, backward, AdamW. loss(): of the
+    model; precision: fp32, tf32 or bf16; update: with AdamW.
+    """
+    device = torch.device(args.device).type
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, fused=True)
+
+    def step():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = \
+            precision == "tf32"
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if update:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
+def peak(device):
+    """Megabytes that this process has had in memory at most."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+def warmed_up(args, make_step, steps):
+    """(a step that has run so often, megabytes that model, optimizer and steps take at most)."""
+    before = peak(args.device)
+    step = make_step()
+    for _ in range(steps):  # AdamW's state comes into being in the first
+        assert torch.isfinite(step())
+    return step, max(1.0, peak(args.device) - before)
+
+
+# --------------------------------------------------------------------------------------------------
 # A question about an image: against two-step pipelines, Pixel-BERT, and ourselves at other sizes
 
 
@@ -455,8 +523,8 @@ def bottom_up_attention(args):
     from torchvision.ops import batched_nms, roi_align
     from transformers import LxmertConfig, LxmertForQuestionAnswering
     torch.manual_seed(0)
-    net = resnet(args, "resnet101", FrozenBatchNorm2d)
-    c5 = net.fc.in_features
+    stages, (stage5, _, fc) = resnet_layers(args, "resnet101", FrozenBatchNorm2d, leave_out=3)
+    c5 = fc.in_features
     c4 = c5 // 2
     hidden = min(512, c4)  # torchvision's head keeps all channels; the original has 512
     head = RPNHead(c4, 12)
@@ -467,21 +535,18 @@ def bottom_up_attention(args):
     before, after = dict(training=6000, testing=6000), dict(training=300, testing=300)
     rpn = RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
     classifier = nn.Linear(c5, 1601)
-    small = dict(l_layers=1, x_layers=1, r_layers=1, hidden_size=48, intermediate_size=96,
-                 num_attention_heads=4) if args.quick else {}
+    small = dict(SMALL_BERT, l_layers=1, x_layers=1, r_layers=1) if args.quick else {}
     lxmert = LxmertForQuestionAnswering(
         LxmertConfig(num_qa_labels=3129, visual_feat_dim=c5, **small))
-    for module in (net, rpn, classifier, lxmert):
-        module.to(args.device).eval()
+    nn.ModuleList([stages, stage5, rpn, classifier, lxmert]).to(args.device).eval()
 
     def look(images):
         height, width = images.shape[-2:]
-        x = net.maxpool(net.relu(net.bn1(net.conv1(normalised(images)))))
-        x = net.layer3(net.layer2(net.layer1(x)))
+        x = stages(normalised(images))
         boxes = rpn(ImageList(images, [(height, width)]), {"0": x})[0][0]
         assert args.quick or len(boxes) == 300
         regions = roi_align(x, [boxes], 14, x.shape[-1] / width, 2)
-        features = net.layer4(regions).mean((2, 3))                              # (300, 2048)
+        features = stage5(regions).mean((2, 3))                                  # (300, 2048)
         score, label = classifier(features).softmax(-1)[:, 1:].max(-1)
         kept = batched_nms(boxes, score, label, 0.3)
         preferred = score.index_fill(0, kept, 2.0) + score  # the others only if there are too few
@@ -505,18 +570,15 @@ def pixel_bert_model(args):
     """
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
-    net = resnet(args, "resnet152", nn.BatchNorm2d)
-    small = dict(num_hidden_layers=1, hidden_size=48, intermediate_size=96,
-                 num_attention_heads=4) if args.quick else {}
+    stages, (_, fc) = resnet_layers(args, "resnet152", nn.BatchNorm2d, leave_out=2)
+    small = dict(SMALL_BERT, num_hidden_layers=1) if args.quick else {}
     bert = BertModel(BertConfig(**small))
-    project = nn.Linear(net.fc.in_features, bert.config.hidden_size)
+    project = nn.Linear(fc.in_features, bert.config.hidden_size)
     classify = nn.Linear(bert.config.hidden_size, 3129)
-    for module in (net, bert, project, classify):
-        module.to(args.device).eval()
+    nn.ModuleList([stages, bert, project, classify]).to(args.device).eval()
 
     def look(images):
-        x = net.maxpool(net.relu(net.bn1(net.conv1(normalised(images)))))
-        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        x = stages(normalised(images))
         return project(nn.functional.max_pool2d(x, 2).flatten(2).transpose(1, 2))
 
     def read(seen, tokens):
@@ -537,16 +599,26 @@ def our_vqa(args):
     return look, model.classify
 
 
+def answering(steps, images, tokens):
+    """A function that answers a question, from pixels and word pieces to 3,129 logits; it has run
+    once. steps: (look, read), as the functions above return.
+    """
+    look, read = steps
+
+    def answer():
+        return read(look(images), tokens).float()
+
+    checked(answer(), 1, 3129)
+    return answer
+
+
 @torch.inference_mode()
 def question(args, name, peer, height, width, target):
-    """A row: one question, from the image's pixels and its word pieces to 3,129 logits."""
+    """A row: one question about one image."""
     images, _ = pixels(args, height, width)
     tokens = sentences(args, 1)
-    functions = []
-    for look, read in (our_vqa(args), peer(args)):
-        functions.append(lambda look=look, read=read: read(look(images), tokens))
-        checked(functions[-1](), 1, 3129)
-    return row(name, *medians(args, *functions), "s", target)
+    answers = [answering(build(args), images, tokens) for build in (our_vqa, peer)]
+    return row(name, *medians(args, *answers), "s", target)
 
 
 def two_step(args):
@@ -573,17 +645,8 @@ def question_bf16(args):
     if not (args.quick or capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")):
         print("question-bf16: left out, this CPU does not compute in bf16", flush=True)
         return
-    look, read = our_vqa(args)
-    images, _ = pixels(args, 800, 1333)
-    tokens = sentences(args, 1)
-
-    def float32():
-        return read(look(images), tokens)
-
-    def bf16():
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            return read(look(images), tokens).float()
-
+    float32 = answering(our_vqa(args), pixels(args, 800, 1333)[0], sentences(args, 1))
+    bf16 = torch.autocast(torch.device(args.device).type, torch.bfloat16)(float32)
     torch.testing.assert_close(bf16().sigmoid(), float32().sigmoid(), rtol=0, atol=0.05)
     yield row("question-bf16", *medians(args, bf16, float32), "s", 2)
 
@@ -591,16 +654,11 @@ def question_bf16(args):
 @torch.inference_mode()
 def table_6(args):
     """Table 6 of the paper: a question at smaller images, against the same at 800 x 1333."""
-    look, read = our_vqa(args)
-    tokens = sentences(args, 1)
+    model, tokens = our_vqa(args), sentences(args, 1)
     sides = [(448, 448), (448, 746), (600, 1000), (800, 1333)]
-    functions = []
-    for size in sides:
-        images, _ = pixels(args, *size)
-        functions.append(lambda images=images: read(look(images), tokens))
-        checked(functions[-1](), 1, 3129)
-    flops = [flops_of(function) for function in functions]
-    *times, largest = medians(args, *functions)
+    answers = [answering(model, pixels(args, *size)[0], tokens) for size in sides]
+    flops = [flops_of(answer) for answer in answers]
+    *times, largest = medians(args, *answers)
     for (height, width), seconds, target, own in zip(sides, times, (5, 3, 1.5), flops):
         yield row(f"table-6/{height}x{width}", seconds, largest, "s", target,
                   f"the larger has {flops[-1] / own:.2f} times the FLOPs")
@@ -609,25 +667,39 @@ def table_6(args):
 # --------------------------------------------------------------------------------------------------
 # Detection: against transformers' DETR
 
+# Both papers train with dropout 0.1 inside of attention too. A GPU has a fast kernel for that; a
+# CPU has none, and both sides keep whole matrices of attention, of 12 heads here and 8 there.
+DROPOUTS = {"": 0.0, "/dropout": 0.1}
 
-def detr(args, dropout=0.0, backbone="r50"):
-    """transformers' DETR. Its ResNet's stem and first stage are frozen, as the published one's and
-    ours are: its own rule for what to freeze fits no name of transformers' ResNet.
+
+def detr(args, dropout=0.0):
+    """transformers' DETR r50. Its ResNet's stem and first stage are frozen, as the published one's
+    and ours are: its own rule for what to freeze fits no name of transformers' ResNet.
     """
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
     torch.manual_seed(0)
-    sizes = dict(depths=[3, 8, 36, 3]) if backbone == "r152" else {}
-    if args.quick:
-        sizes = dict(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    small = dict(layer_type="basic", depths=[2, 2, 2, 2],
+                 hidden_sizes=[64, 128, 256, 512]) if args.quick else {}
     layers = 2 if args.quick else 6
     model = DetrForObjectDetection(DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=80,
-        backbone_config=ResNetConfig(out_features=["stage4"], **sizes), auxiliary_loss=True,
+        backbone_config=ResNetConfig(out_features=["stage4"], **small), auxiliary_loss=True,
         encoder_layers=layers, decoder_layers=layers, dropout=dropout, attention_dropout=dropout,
         activation_dropout=dropout))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embedder" not in name and "stages.0." not in name)
-    return sane(model).to(args.device).eval()
+    return scaled(model).to(args.device).eval()
+
+
+def detr_outputs(model, images, **more):
+    mask = torch.ones_like(images[:, 0], dtype=torch.long)
+    return model(normalised(images), mask, **more)
+
+
+def detect(model, images, sizes, tokens=None):
+    """Our detection, from pixels, with a sentence or without."""
+    grid = model.encode_image(images, sizes, padded=False)
+    return model.detect(model.encode(grid, tokens))
 
 
 @torch.inference_mode()
@@ -639,75 +711,46 @@ def detr_forward(args):
     images, sizes = pixels(args, 800, 1333)
 
     def mine():
-        return model.detect(model.encode(model.encode_image(images, sizes, padded=False)))
+        return detect(model, images, sizes)["logits"]["coco"][-1]
 
     def peer():
-        return theirs(normalised(images), torch.ones_like(images[:, 0], dtype=torch.long))
+        return detr_outputs(theirs, images).logits
 
-    checked(mine()["logits"]["coco"][-1], 1, 100, 81)
-    checked(peer().logits, 1, 100, 81)
+    assert mine().shape == peer().shape
     yield row("detr-forward", *medians(args, mine, peer), "s", 1.5)
 
 
-def weighted_sum(losses):
-    return sum(LOSS_WEIGHTS[name] * loss for name, loss in losses.items())
-
-
-def detection_step(args, side, dropout=0.0, backbone="r50", precision="fp32", compiled=False,
-                   recompute=False):
-    """A function that does one training step of detection, batch 2, and returns its loss.
-
-    side: "ours" or "peer"; precision: "fp32" or "bf16"; recompute: --activation-checkpointing.
+def detection_step(args, side, dropout=0.0, precision="fp32", compiled=False, recompute=False):
+    """A training step of detection, r50, batch 2. side: "ours" or "peer"; recompute:
+    --activation-checkpointing.
     """
     torch.manual_seed(0)
-    device = torch.device(args.device).type
     images, sizes = pixels(args, 800, 1333, batch=2)
     targets = objects(args, [7, 12], 80)
     if side == "ours":
-        model = ours(args, backbone=backbone, encoder_layers=6, dropout=dropout)
+        model = ours(args, encoder_layers=6, dropout=dropout)
         model.recompute = recompute
-
-        def detect(images, sizes):
-            return model.detect(model.encode(model.encode_image(images, sizes, padded=False)))
-
-        if compiled:
-            detect = torch.compile(detect, backend="inductor" if device == "cuda" else "eager")
+        backend = "inductor" if args.device.startswith("cuda") else "eager"
+        run = torch.compile(detect, backend=backend) if compiled else detect
 
         def loss():
-            found = detect(images, sizes)
+            found = run(model, images, sizes)
             coco = {**found, "logits": {"coco": found["logits"]["coco"]}}
             return weighted_sum(set_loss(coco, targets))
     else:
-        model = detr(args, dropout, backbone)
-        in_float32 = model.loss_function
+        model = detr(args, dropout)
+        set_loss_of_detr = model.loss_function
 
-        def loss_function(logits, labels, device, boxes, config, classes, coordinates):
-            return in_float32(logits.float(), labels, device, boxes.float(), config,
-                              classes.float(), coordinates.float())
+        def in_float32(logits, labels, device, boxes, config, *layers):
+            return set_loss_of_detr(logits.float(), labels, device, boxes.float(), config,
+                                    *(tensor.float() for tensor in layers))
 
-        model.loss_function = loss_function  # its matching does not work in bf16
+        model.loss_function = in_float32  # its matching does not work in bf16
 
         def loss():
-            mask = torch.ones_like(images[:, 0], dtype=torch.long)
-            return model(normalised(images), mask, labels=as_labels(targets)).loss
+            return detr_outputs(model, images, labels=as_labels(targets)).loss
 
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, fused=True)
-
-    def step():
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
-
-    return step
-
-
-# Both papers train with dropout 0.1 inside of attention too. A GPU has a fast kernel for that; a
-# CPU has none, and both sides keep whole matrices of attention, of 12 heads here and 8 there.
-DROPOUTS = {"": 0.0, "/dropout": 0.1}
+    return training_step(args, model, loss, precision)
 
 
 def detr_step(args):
@@ -718,30 +761,16 @@ def detr_step(args):
     steps = [detection_step(args, side, dropout)
              for dropout in DROPOUTS.values() for side in ("ours", "peer")]
     steps.append(detection_step(args, "ours", recompute=True))
-    for step in steps:
-        assert torch.isfinite(step())
     *times, again = medians(args, *steps)
     for i, (name, dropout) in enumerate(DROPOUTS.items()):
         yield row(f"detr-step{name}", *times[2 * i:2 * i + 2], "s", 1.4, f"dropout {dropout}")
     yield row("detr-step/checkpointing", again, times[0], "s", 0.74, "dropout 0")
 
 
-def peak(device):
-    """Megabytes that this process has had in memory at most."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-
-
 def step_memory(args, settings):
-    """Megabytes that model, optimizer and two steps take at most, in a process of its own."""
+    """Megabytes of two steps, in a process of its own."""
     import transformers.models.detr.modeling_detr  # noqa: F401  the code is not what is measured
-    before = peak(args.device)
-    step = detection_step(args, **settings)
-    for _ in range(2):  # AdamW's state comes into being in the first
-        assert torch.isfinite(step())
-    return max(1.0, peak(args.device) - before)
+    return warmed_up(args, lambda: detection_step(args, **settings), 2)[1]
 
 
 def detr_memory(args):
@@ -781,14 +810,6 @@ def pretraining_batch(args, batch=2, height=800, width=1333, words=14):
             "targets": objects(args, counts, 20, of_vg=range(1, batch, 2))}
 
 
-def all_losses(model, batch, normalizers=None):
-    """The weighted sum of pre-training's losses; normalizers: by default the batch's."""
-    objective = Pretraining(model)
-    weights = loss_weights()
-    losses = objective(batch, normalizers or objective.normalizers(batch))
-    return sum(weights[name] * loss for name, loss in losses.items())
-
-
 def four_losses(args):
     """Forward and backward with all losses, r50, 12 + 6 layers, batch 2 at 800 x 1333, against
     detection alone. At most 1.35 times its time is promised.
@@ -797,25 +818,16 @@ def four_losses(args):
     need the encoder over the image alone too, the decoder over the caption, and two
     layers as wide as the vocabulary.
     """
-    model = ours(args).train()
+    model = ours(args)
     batch = pretraining_batch(args)
 
     def detection_loss():
-        grid = model.encode_image(batch["images"], batch["sizes"], padded=False)
-        found = model.detect(model.encode(grid, batch["tokens"][:, 0]))
+        found = detect(model, batch["images"], batch["sizes"], batch["tokens"][:, 0])
         return weighted_sum(set_loss(found, batch["targets"]))
 
-    def backward(loss):
-        value = loss()
-        value.backward()
-        model.zero_grad(set_to_none=True)
-        assert torch.isfinite(value)
-
-    functions = [lambda: backward(lambda: all_losses(model, batch)),
-                 lambda: backward(detection_loss)]
-    for function in functions:
-        function()
-    yield row("four-losses", *medians(args, *functions), "s", 0.74)
+    steps = [training_step(args, model, loss, update=False)
+             for loss in (lambda: all_losses(model, batch), detection_loss)]
+    yield row("four-losses", *medians(args, *steps), "s", 0.74)
 
 
 class Operators(TorchDispatchMode):
@@ -833,17 +845,12 @@ def operators(args):
     """Operator calls that are not views in a training step of pre-training, r152, 12 + 6 layers,
     batch 4, bf16, against a bound. Dropout is 0: on a CPU attention with dropout is ten calls.
     """
-    model = ours(args, backbone="r152").train()
+    model = ours(args, backbone="r152")
     batch = pretraining_batch(args, 4, 96, 160)  # the number is the same at any size
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for _ in range(2):  # AdamW's state comes into being in the first
-        with Operators() as calls:
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-                loss = all_losses(model, batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
+    step = training_step(args, model, lambda: all_losses(model, batch), "bf16", clip=0.1)
+    step()  # AdamW's state comes into being
+    with Operators() as calls:
+        step()
     yield row("operators", calls.count, 3500, "calls", 1)
 
 
@@ -896,55 +903,39 @@ def caption(args):
 
 
 @torch.inference_mode()
-def retrieval_row(args, backbone, n=8):
+def retrieval_row(args, name, backbone, n=8):
     model = ours(args, backbone=backbone)
     images, sizes = pixels(args, 800, 1333)
     tokens = sentences(args, n)
-    grid = model.encode_image(images, sizes, padded=False)
 
-    def once():
-        return model.encode_image(images, sizes, padded=False)
+    def grids(count):
+        return model.encode_image(images.repeat(count, 1, 1, 1), sizes.repeat(count, 1),
+                                  padded=False)
 
-    def pairs():
-        return model.similarity(grid.select([0] * n), tokens)
-
-    def from_pixels():
-        grids = model.encode_image(images.repeat(n, 1, 1, 1), sizes.repeat(n, 1), padded=False)
-        return model.similarity(grids, tokens)
-
-    torch.testing.assert_close(checked(pairs(), n), from_pixels(), rtol=1e-3, atol=1e-4)
-    once, pairs, whole = medians(args, once, pairs, from_pixels)
-    return row(f"retrieval/{backbone}", once / 5000 + pairs / n, whole / n, "s a pair", 8,
+    grid = grids(1)
+    once, pairs, whole = medians(
+        args, lambda: grids(1), lambda: model.similarity(grid.select([0] * n), tokens),
+        lambda: model.similarity(grids(n), tokens))
+    return row(f"{name}/{backbone}", once / 5000 + pairs / n, whole / n, "s a pair", 8,
                f"the backbone alone takes {once:.2f} s")
 
 
 def retrieval(args):
     """A pair of 1,000 images x 5,000 sentences at 800 x 1333, the backbone run once an image,
-    against each pair from its pixels; the similarities are equal. Measured on eight sentences about
-    one image; the backbone counts with one 5,000th. The ratio is at most (backbone + encoder) /
-    encoder.
+    against each pair from its pixels. Measured on eight sentences about one image; the backbone
+    counts with one 5,000th. The ratio is at most (backbone + encoder) / encoder.
     """
     for backbone in ("r152", "r50"):
-        yield retrieval_row(args, backbone)
-
-
-# --------------------------------------------------------------------------------------------------
-# Growth
+        yield retrieval_row(args, "retrieval", backbone)
 
 
 def growth_step(args, cells, words, batch, layers, queries):
-    """A pre-training step of a moderate model."""
+    """A pre-training step of a moderate model, without AdamW."""
     model = ours(args, backbone="r18", encoder_layers=layers, decoder_layers=2, queries=queries,
-                 vocabulary=3000, max_tokens=max(40, words)).train()
+                 vocabulary=3000, max_tokens=max(40, words))
     rows = 2 ** (int(math.log2(cells)) // 2)  # a square, or two squares side by side
     inputs = pretraining_batch(args, batch, 32 * rows, 32 * cells // rows, words)
-
-    def step():
-        all_losses(model, inputs).backward()
-        model.zero_grad(set_to_none=True)
-
-    step()
-    return step
+    return training_step(args, model, lambda: all_losses(model, inputs), update=False)
 
 
 def growth(args):
@@ -973,35 +964,19 @@ def gpu_measure(args, make_step, rounds=9):
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    before = peak(args.device)
-    step = make_step()
-    for _ in range(1 if args.quick else 3):
-        assert torch.isfinite(step())
+    step, megabytes = warmed_up(args, make_step, 1 if args.quick else 3)
     (seconds,) = medians(args, step, rounds=rounds)
-    return seconds, max(1.0, peak(args.device) - before)
+    return seconds, megabytes
 
 
 def pretraining_step(args, backbone, batch, precision, compiled=False):
-    """A function that does one step of pre-training at 800 x 1333 and returns its loss."""
-    device = torch.device(args.device).type
-    model = ours(args, backbone=backbone, dropout=0.1).train()
+    """A step of pre-training at 800 x 1333."""
+    model = ours(args, backbone=backbone, dropout=0.1)
     inputs = pretraining_batch(args, batch)
     normalizers = Pretraining(model).normalizers(inputs)  # once: training has them on the host
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4, fused=True)
     if compiled:
-        model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
-
-    def step():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = \
-            precision == "tf32"
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            value = all_losses(model, inputs, normalizers)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach()
-
-    return step
+        model.compile(fullgraph=True)
+    return training_step(args, model, lambda: all_losses(model, inputs, normalizers), precision)
 
 
 def gpu(args):
@@ -1015,7 +990,8 @@ def gpu(args):
     bf16 = "bf16" if cuda else "fp32"  # bf16 is slow on a CPU
 
     def detection(side, compiled=False):
-        return gpu_measure(args, lambda: detection_step(args, side, 0.1, "r50", bf16, compiled))
+        return gpu_measure(
+            args, lambda: detection_step(args, side, 0.1, precision=bf16, compiled=compiled))
 
     peer = detection("peer")
     for compiled in (False, True):
@@ -1024,11 +1000,10 @@ def gpu(args):
         yield row(f"gpu/detection-time/{name}", seconds, peer[0], "s", 1.5, card)
         yield row(f"gpu/detection-memory/{name}", megabytes, peer[1], "MB", 1.25, card)
 
-    flops = {}  # of one image
+    flops = {backbone: flops_of(pretraining_step(args, backbone, 1, "fp32"))  # of one image
+             for backbone in ("r50", "r152")}
 
     def pretraining(backbone, batch, precision, compiled=False):
-        if backbone not in flops:
-            flops[backbone] = flops_of(pretraining_step(args, backbone, 1, "fp32"))
         seconds, megabytes = gpu_measure(
             args, lambda: pretraining_step(args, backbone, batch, precision, compiled), rounds=5)
         rate = batch * flops[backbone] / seconds
@@ -1042,15 +1017,15 @@ def gpu(args):
             yield pretraining("r152", batch, bf16)
         except torch.OutOfMemoryError:
             break
-    for backbone in () if args.quick else ("r152", "r50"):
-        for precision in ("fp32", "tf32", "bf16"):
-            if (backbone, precision) != ("r152", "bf16"):
-                yield pretraining(backbone, 4, precision)
+    if not args.quick:
+        for backbone, precision in (("r152", "fp32"), ("r152", "tf32"), ("r50", "fp32"),
+                                    ("r50", "tf32"), ("r50", "bf16")):
+            yield pretraining(backbone, 4, precision)
     yield question(args, "gpu/two-step", bottom_up_attention, 600, 1000, 2.0)
     yield question(args, "gpu/pixel-bert", pixel_bert_model, 800, 1333, 1.6)
-    yield {**retrieval_row(args, "r152"), "name": "gpu/retrieval/r152"}
-    for backbone, batch in (("r50", 4), ("r152", 4), ("r152", 16)):
-        if cuda:
+    yield retrieval_row(args, "gpu/retrieval", "r152")
+    if cuda:
+        for backbone, batch in (("r50", 4), ("r152", 4), ("r152", 16)):
             yield pretraining(backbone, batch, bf16, compiled=True)
 
 

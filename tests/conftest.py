@@ -3,10 +3,14 @@
 import importlib
 import multiprocessing
 import os
+import random
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 # One thread a process: the tests run side by side, and some of them fork, which a pool of OpenMP's
 # threads does not survive. Before torch is loaded.
@@ -18,6 +22,7 @@ import torchvision  # noqa: E402
 
 import shapes  # noqa: E402
 from model import E2EVLP, Config  # noqa: E402
+from pretrain import collate  # noqa: E402
 
 torch.set_num_threads(1)
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -50,44 +55,62 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "pretrain", "finetune", "evaluate"])
 
 
-def _work(script, words, cwd, environment, files):
-    """In the fork: become `python script words` with the files as stdin, stdout and stderr."""
-    for number, path in enumerate(files):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+def _become(words, cwd, environment, printed, prepare):
+    """In the fork: become `python SCRIPT ...`, in a process group of its own, with two files as
+    stdout and stderr.
+    """
+    os.setsid()
+    for number, path in enumerate([os.devnull, *printed]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, "w" if number else "r", closefd=False) for number in range(3))
     multiprocessing.set_start_method(None, force=True)  # the usual one, for loaders
     os.chdir(cwd)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sys.argv = [script, *words]
-    sys.exit(importlib.import_module(script.removesuffix(".py")).main())
+    sys.argv = words
+    prepare[0](*prepare[1:])
+    sys.exit(importlib.import_module(words[0].removesuffix(".py")).main())
 
 
-def run_command(*words, launch=(), cwd=ROOT, stdin=os.devnull, timeout=300, **environment):
-    """Run a command of the repository: run_command("pretrain.py", ...) -> CompletedProcess."""
+def run_ranks(*words, ranks=2, last=(int,), cwd=ROOT, timeout=900):
+    """Run a command as so many processes, without torchrun: their [CompletedProcess].
+
+    last: a function, and its arguments, that is called in the last of them before it starts.
+    """
     words = list(map(str, words))
-    if launch:
-        words[0] = os.path.join(ROOT, words[0])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run([sys.executable, *launch, *words], cwd=cwd, text=True,
-                              capture_output=True, env=environment, timeout=timeout)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                  "WORLD_SIZE": str(ranks)}
+    processes, done = [], []
     with tempfile.TemporaryDirectory() as folder:
-        files = [str(stdin), f"{folder}/out", f"{folder}/err"]
-        process = FORKS.Process(target=_work, args=(words[0], words[1:], str(cwd), environment,
-                                                    files))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise subprocess.TimeoutExpired(words, timeout)
-        out, err = (open(file).read() if os.path.exists(file) else "" for file in files[1:])
-    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+        for rank in range(ranks):
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            printed = [f"{folder}/out{rank}", f"{folder}/err{rank}"]
+            prepare = last if rank == ranks - 1 else (int,)
+            process = FORKS.Process(target=_become,
+                                    args=(words, str(cwd), environment, printed, prepare))
+            process.start()
+            processes.append((process, printed))
+        for process, printed in processes:
+            process.join(timeout)
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+            texts = [Path(file).read_text() for file in printed]
+            done.append(subprocess.CompletedProcess(words, process.exitcode, *texts))
+    return done
 
 
-@pytest.fixture
-def command():
-    return run_command
+def run_command(*words, launch=(), cwd=ROOT):
+    """Run a command of the repository: run_command("pretrain.py", ...) -> CompletedProcess."""
+    if launch:
+        script, *flags = map(str, words)
+        return subprocess.run([sys.executable, *launch, os.path.join(ROOT, script), *flags],
+                              cwd=cwd, text=True, capture_output=True, timeout=900)
+    (done,) = run_ranks(*words, ranks=1, cwd=cwd)
+    return done
 
 
 def small_model(**changes):
@@ -177,38 +200,28 @@ def detr(tmp_path_factory):
     return str(path)
 
 
-def small_batch(sizes=((64, 80), (50, 96), (64, 64)), K=2, T=7, seed=0, vocabulary=50):
-    """A batch as pretrain.collate makes it, of random pixels and words."""
+def small_batch(sizes=((64, 80), (50, 96), (64, 64)), T=7, seed=0):
+    """A batch of random pixels, boxes and sentences, two an image, of at most T word pieces."""
+    rng = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
-    B = len(sizes)
-    sizes = torch.tensor(sizes)
-    images = torch.zeros(B, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
-    for row, (h, w) in zip(images, sizes.tolist()):
-        row[:, :h, :w] = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
 
-    def sentences():
-        tokens = torch.randint(5, vocabulary, (B * K, T), generator=g)
-        tokens[:, 0] = 2
-        for row, length in zip(tokens, torch.randint(3, T + 1, (B * K,), generator=g).tolist()):
-            row[length - 1] = 3
-            row[length:] = 0
-        return tokens.view(B, K, T)
+    def sentence():
+        return [2, *rng.choices(range(5, 50), k=rng.randint(1, T - 2)), 3]
 
-    tokens, captions = sentences(), sentences()
-    masked = (tokens > 4) & (torch.rand(tokens.shape, generator=g) < 0.4)
-    masked[0, 0, 1] = True
-    positions = masked.flatten().nonzero()[:, 0]
-    targets = []
-    for b in range(B):
-        n = (2, 3, 0)[b % 3]
-        targets.append({"source": ("coco", "vg")[b % 2],
-                        "labels": torch.randint(0, 3, (n,), generator=g),
-                        "boxes": torch.rand(n, 4, generator=g) * 0.3 + 0.2})
-        if b % 2:
-            targets[b]["attributes"] = (torch.rand(n, 6, generator=g) < 0.4).float()
-    return {"images": images, "sizes": sizes, "padded": bool((sizes != sizes.amax(0)).any()),
-            "tokens": tokens, "captions": captions, "mlm_positions": positions,
-            "mlm_labels": tokens.flatten()[positions],
-            "itm_labels": torch.randint(0, 2, (B, K), generator=g),
-            "no_sentence": torch.tensor([b == 1 for b in range(B)]), "targets": targets,
-            "ids": [f"image {b}" for b in range(B)], "broken": []}
+    items = []
+    for b, (height, width) in enumerate(sizes):
+        tokens, captions = [sentence(), sentence()], [sentence(), sentence()]
+        # Every other word is asked, and can still be seen
+        labels = [[token if token > 4 and n % 2 else -1 for n, token in enumerate(sentence)]
+                  for sentence in tokens]
+        boxes = (2, 3, 0)[b % 3]
+        target = {"source": ("coco", "vg")[b % 2],
+                  "labels": torch.randint(0, 3, (boxes,), generator=g),
+                  "boxes": torch.rand(boxes, 4, generator=g) * 0.3 + 0.2}
+        if target["source"] == "vg":
+            target["attributes"] = (torch.rand(boxes, 6, generator=g) < 0.4).float()
+        image = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
+        items.append({"image": image, "tokens": tokens, "mlm_labels": labels, "captions": captions,
+                      "itm_labels": [1, b % 2], "no_sentence": b == 1, "target": target,
+                      "id": f"image {b}", "broken": []})
+    return collate(items, pad=0, stride=16)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
+from pathlib import Path
 
 import torch
 
@@ -40,28 +41,23 @@ class Run:
     """A training in the background."""
 
     def __init__(self, folder, world, processes):
-        self.folder, self.marker = folder, uuid.uuid4().hex
+        self.folder, self.marker = Path(folder), f"DRILL={uuid.uuid4().hex}"
         launch = []
         if processes > 1:
             launch = ["-m", "torch.distributed.run", "--standalone",
                       f"--nproc_per_node={processes}"]
-        os.makedirs(folder, exist_ok=True)
-        self.printed = os.path.join(folder, "printed.txt")
+        self.folder.mkdir(exist_ok=True)
+        self.printed = self.folder / "printed.txt"
         with open(self.printed, "ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *launch, *COMMAND, "--data", world, "--output", folder,
-                 "--index", os.path.join(folder, "index")],
-                cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
-                env={**os.environ, "DRILL": self.marker, "OMP_NUM_THREADS": "1"})
-        self.started = time.time()
+                ["env", self.marker, "OMP_NUM_THREADS=1", sys.executable, *launch, *COMMAND,
+                 "--data", world, "--output", folder, "--index", f"{folder}/index"],
+                cwd=ROOT, stdout=file, stderr=file)
 
     def steps(self):
         """The lines of losses in the log so far."""
-        try:
-            with open(os.path.join(self.folder, "log.jsonl")) as file:
-                return sum('"loss"' in line for line in file)
-        except FileNotFoundError:
-            return 0
+        log = self.folder / "log.jsonl"
+        return log.read_text().count('"loss"') if log.exists() else 0
 
     def kill(self):
         """SIGKILL for all processes of the run, wherever torchrun and the loaders have put them."""
@@ -70,10 +66,9 @@ class Run:
             found = False
             for pid in filter(str.isdigit, os.listdir("/proc")):
                 try:
-                    with open(f"/proc/{pid}/environ", "rb") as file:
-                        if f"DRILL={self.marker}".encode() in file.read():
-                            os.kill(int(pid), signal.SIGKILL)
-                            found = True
+                    if self.marker.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                        os.kill(int(pid), signal.SIGKILL)
+                        found = True
                 except OSError:  # it has ended, or is another user's
                     pass
         self.process.wait()
@@ -83,49 +78,36 @@ class Run:
         while self.process.poll() is None and not condition():
             time.sleep(0.0005)
 
+    def finish(self):
+        self.wait()
+        if self.process.returncode:
+            raise SystemExit(f"a run ended with {self.process.returncode}:\n"
+                             f"{self.printed.read_text()[-2000:]}")
 
-def finish(folder, world, processes):
-    """Start a run and let it end: the seconds to its first step, and in all."""
-    run = Run(folder, world, processes)
+
+def disturb(run, rng, seconds):
+    """Kill a run at a random moment; returns a word about it. seconds: of a whole run."""
     before = run.steps()
-    run.wait(lambda: run.steps() > before)
-    first = time.time() - run.started
-    run.wait()
-    if run.process.returncode:
-        with open(run.printed, errors="replace") as file:
-            raise SystemExit(f"a run ended with {run.process.returncode}:\n{file.read()[-2000:]}")
-    return first, time.time() - run.started
-
-
-def disturb(folder, world, processes, rng, first, whole):
-    """Start a run and kill it at a random moment; returns a word about that moment."""
-    new = not os.path.exists(f"{folder}/index")
-    run = Run(folder, world, processes)
-    moment = rng.choice(["start", "step", "checkpoint", *["index"] * new])
-    before = run.steps()
-    if moment == "start":
-        delay = rng.uniform(0, first)
+    is_new = not (run.folder / "index").exists()
+    moment = rng.choice(["any time", "checkpoint", *["index"] * is_new])
+    delay = rng.uniform(0, 0.02)
+    if moment == "any time":
+        delay = rng.uniform(0, seconds)
     elif moment == "index":
-        run.wait(lambda: os.path.exists(f"{folder}/index"))
-        delay = rng.uniform(0, 0.02)
-    elif moment == "step":
-        run.wait(lambda: run.steps() > before)
-        delay = rng.uniform(0, whole - first)
+        run.wait((run.folder / "index").exists)
     else:
         least = before + rng.randint(0, 3)
-        run.wait(lambda: run.steps() >= least and os.path.exists(f"{folder}/last.pt.tmp"))
-        delay = rng.uniform(0, 0.02)
+        run.wait(lambda: run.steps() >= least and (run.folder / "last.pt.tmp").exists())
     end = time.time() + delay
     run.wait(lambda: time.time() >= end)
-    half = "half a checkpoint" if os.path.exists(f"{folder}/last.pt.tmp") else "no half checkpoint"
+    half = "half a" if (run.folder / "last.pt.tmp").exists() else "no half"
     run.kill()
-    return f"{moment}, {run.steps()} steps, {half}"
+    return f"{moment}, {run.steps()} steps, {half} checkpoint"
 
 
 def result(folder):
     """What must be equal in the end: the log and the checkpoint, less times and paths."""
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
     log = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     state = load_checkpoint(os.path.join(folder, "last.pt"))
     for name in ("output", "index", "workers"):
@@ -147,23 +129,24 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=3, help="in a round, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # for torchrun's files, which it cannot remove once killed
-        world, whole = os.path.join(folder, "world"), os.path.join(folder, "whole")
+        world, whole = f"{folder}/world", f"{folder}/whole"
         shapes.write_world(world, seed=3, train=64, val=8, test=8)
-        times = finish(whole, world, args.processes)
+        started = time.time()
+        Run(whole, world, args.processes).finish()
+        seconds = time.time() - started
         expected = result(whole)
-        print(f"never killed: {times[1]:.0f} s, {times[0]:.0f} to the first step", flush=True)
+        print(f"never killed: {seconds:.0f} s", flush=True)
         for number in range(args.rounds):
-            place = os.path.join(folder, f"round-{number}")
-            kills = rng.randint(1, args.kills)
-            killed = [disturb(place, world, args.processes, rng, *times) for _ in range(kills)]
-            finish(place, world, args.processes)
+            place = f"{folder}/round-{number}"
+            killed = [disturb(Run(place, world, args.processes), rng, seconds)
+                      for _ in range(rng.randint(1, 3))]
+            Run(place, world, args.processes).finish()
             different = differences(expected, result(place))
             survived += not different
             print(f"round {number}: killed at: {'; '.join(killed)}: "

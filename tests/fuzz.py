@@ -26,7 +26,6 @@ import tempfile
 import traceback
 from unittest import mock
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -47,13 +46,13 @@ TINY = """--mini --workers 0 --minutes 0 --batch-size 4 --sentences-per-picture 
     --index index --data data --device cpu --output out""".split()
 TINY_MODEL = """--width 16 --heads 1 --feed-forward 16 --encoder-layers 1 --decoder-layers 1
     --queries 4""".split()
-# What each command reads
+MEASURE = "--data data --index index --workers 0 --device cpu".split()
+# What each command reads, what a result file is scored against, what a checkpoint is asked
 COCO = "data/coco/annotations/*.json"
-PRETRAINING = [COCO, "data/*/dataset_*.json", "data/vocab.txt", "data/vg/*.json", "data/vg/*.txt",
-               "data/coco/*2017/*.jpg", "data/vg/VG_100K/*.jpg"]
-FILES = {"vqa": ["data/vqa/*val2014*.json", "data/coco/val2017/*.jpg"],
+FILES = {"pretrain": [COCO, "data/*/dataset_*.json", "data/vocab.txt", "data/vg/*.json",
+                      "data/vg/*.txt", "data/coco/*2017/*.jpg", "data/vg/VG_100K/*.jpg"],
+         "vqa": ["data/vqa/*val2014*.json", "data/coco/val2017/*.jpg"],
          "nlvr2": ["data/nlvr2/dev.json", "data/nlvr2/images/dev/*.png"],
-         "caption": ["data/coco/dataset_coco.json", "data/coco/val2017/*.jpg"],
          "flickr30k": ["data/flickr30k/dataset_flickr30k.json", "data/flickr30k/*/*.jpg"],
          "detection": [COCO, "data/coco/val2017/*.jpg"]}
 AGAINST = {"vqa": "data/vqa/v2_mscoco_val2014_annotations.json", "nlvr2": "data/nlvr2/dev.json",
@@ -70,80 +69,62 @@ def make_kit(folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     shapes.write_world("data", seed=3, train=16, val=4, test=4)
-    vocabulary = data.Tokenizer("data/vocab.txt").vocabulary
-    names = {"coco": list(shapes.KINDS), "vg": [f"{kind},{kind}s" for kind in shapes.KINDS],
-             "attributes": [*shapes.SIZES, *shapes.COLOURS, *shapes.FILLS]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        if pretrain.main([*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"]):
-            raise RuntimeError("the kit cannot be made")
-    default_signals()
-    shutil.move("out", "runs")
+    must("pretrain", [*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"])
+    os.rename("out", "runs")
     state = model.load_checkpoint("runs/last.pt")
     for name, task in tasks.TASKS.items():
         answers = ["False", "True"] if task.new_head else []
         config = {**vars(state["config"]), "task": name, "classifier_images": task.images,
                   "classifier_outputs": len(answers)}
-        model.save_checkpoint(f"runs/{name}.pt", model.E2EVLP(model.Config(**config)), vocabulary,
-                              {**names, "answers": answers}, args=state["args"], step=1)
-    shutil.move("runs/last.pt", "runs/pretrain.pt")
+        model.save_checkpoint(f"runs/{name}.pt", model.E2EVLP(model.Config(**config)),
+                              state["vocabulary"], {**state["names"], "answers": answers},
+                              args=state["args"], step=1)
+    os.rename("runs/last.pt", "runs/pretrain.pt")
     images = sorted(glob.glob("data/coco/val2017/*.jpg"))
     shutil.copy(images[0], "in/a.jpg")
     Image.open(images[1]).save("in/b.png")
-    for name in AGAINST:
-        task = tasks.make_task(name, {})
-        with contextlib.redirect_stdout(io.StringIO()):
-            examples = task.read("data", "val")
-        answers = {"detection": [(0, [1, 2, 30, 20.5], 0.5)], "nlvr2": "True", "vqa": "yes",
-                   "flickr30k": np.zeros(sum(len(e.sentences) for e in examples), np.float32)}
-        with open(f"in/{name}", "wb") as file:
-            file.write(task.results([answers[name]] * len(examples), examples, "data", "val"))
+    for task in AGAINST:
+        must("evaluate", [*MEASURE, "--checkpoint", f"runs/{task}.pt", "--submit", f"in/{task}"])
+
+
+def must(script, words):
+    """A command that the kit needs."""
+    code, _, err = call(script, words)
+    if code:
+        raise RuntimeError(f"{script}.py: exit code {code}\n{err}")
 
 
 # --------------------------------------------------------------------------------------------------
 # What is wrong with a file or a flag
 
-ODD = [None, True, 0, -1, 1.5, 1e308, 10 ** 18, 10 ** 30, float("nan"), -float("inf"), "", "x", "1",
-       "a\nb", "\0", "../../a", "\ud800", "é" * 300, [], {}, [[]], [None], [1, 2, 3, 4], {"a": 1}]
-NUMBERS = ("-1", "0", "1", "3", "2.5", "nan", "inf", "1e308", "x", "", "9" * 20, "1" + "0" * 400)
-TEXTS = ("", " ", "x", "missing/x", "in", "data", "in/a.jpg", "in/vqa", "runs/vqa.pt", "a" * 300,
+ODD = [None, True, 0, -1, 1.5, 1e308, 10 ** 30, float("nan"), -float("inf"), "", "x", "a\nb",
+       "\0", "../../a", "\ud800", "é" * 300, [], {}, [[]], [None], [1, 2, 3, 4], {"a": 1}]
+NUMBERS = ("-1", "0", "1", "2.5", "nan", "inf", "1e308", "x", "", "1" + "0" * 400)
+TEXTS = ("", "x", "missing/x", "data", "in/a.jpg", "in/vqa", "runs/vqa.pt", "a" * 300,
          "data/vocab.txt", "\udcff", "\x1b[2J", "é\nb")
 
 
 def odd_bytes(rng, content):
-    """What can happen to any file."""
+    """What can happen to any file: cut, a bit flipped, bytes that are no UTF-8, empty, noise."""
     place = rng.randrange(max(1, len(content)))
-    kind = rng.choice(("cut", "flipped", "empty", "noise", "latin-1"))
-    if kind == "cut":
-        return content[:place]
-    if kind == "flipped":
-        flipped = content[place] ^ 1 << rng.randrange(8)
-        return content[:place] + bytes([flipped]) + content[place + 1:]
-    if kind == "latin-1":
-        return content[:place] + b"\xe9\xff" + content[place:]
-    return b"" if kind == "empty" else rng.randbytes(500)
-
-
-def odd_tree(rng, tree):
-    """A JSON value with one place of it changed."""
-    parent, key, node = None, None, tree
-    while isinstance(node, (dict, list)) and node and (parent is None or rng.random() < 0.85):
-        parent = node
-        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
-        node = node[key]
-    if parent is None:
-        return rng.choice(ODD)
-    if rng.random() < 0.2:
-        del parent[key]
-    elif rng.random() < 0.2 and isinstance(parent, list):
-        parent.append(node)
-    else:
-        parent[key] = rng.choice(ODD)
-    return tree
+    before, after = content[:place], content[place:]
+    flipped = bytes([content[place] ^ 1 << rng.randrange(8)]) + after[1:] if content else b""
+    return rng.choice([before, before + flipped, before + b"\xe9\xff" + after, b"",
+                       rng.randbytes(500)])
 
 
 def odd_record(rng, text):
     """A JSON text with one place of it changed."""
-    return json.dumps(odd_tree(rng, json.loads(text))).encode()
+    tree = [json.loads(text)]
+    parent, key = tree, 0
+    while isinstance(parent[key], (dict, list)) and parent[key] and rng.random() < 0.9:
+        parent = parent[key]
+        key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+    if parent is not tree and rng.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = rng.choice(ODD)
+    return json.dumps(tree[0]).encode()
 
 
 def change_file(rng, path):
@@ -154,8 +135,7 @@ def change_file(rng, path):
     draw = rng.random()
     if draw < 0.05:
         return
-    binary = path.endswith((".pt", ".jpg", ".png")) or path == "in/flickr30k"
-    if draw < 0.3 or binary or path.endswith(".txt"):
+    if draw < 0.3 or path.endswith((".pt", ".jpg", ".png", ".txt")) or path == "in/flickr30k":
         content = odd_bytes(rng, content)
     elif "nlvr2" in path:
         lines = content.splitlines()
@@ -168,22 +148,24 @@ def change_file(rng, path):
         file.write(content)
 
 
-class Flags(BaseException):
-    """Brings a parser's flags out of a command."""
+def flags_of(script):
+    """The flags of a command's own parser, as argparse's actions."""
+    actions = []
+
+    def catch(parser, *_):
+        actions.extend(parser._actions)
+        raise SystemExit
+
+    with (mock.patch.object(argparse.ArgumentParser, "parse_args", catch),
+          contextlib.suppress(SystemExit)):
+        SCRIPTS[script].main([])
+    return [action for action in actions
+            if action.option_strings[:1] not in ([], ["-h"], ["--compile"], ["--workers"])]
 
 
 def odd_flag(rng, script):
-    """[a flag, its value], of a command's own parser."""
-    def catch(parser, *_):
-        raise Flags(parser._actions)
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", catch):
-        try:
-            SCRIPTS[script].main([])
-        except Flags as caught:
-            actions = [action for action in caught.args[0] if action.option_strings
-                       and action.option_strings[0] not in ("-h", "--compile", "--workers")]
-    action = rng.choice(actions)
+    """[a flag, its value]"""
+    action = rng.choice(flags_of(script))
     values = [*action.choices, "x"] if action.choices else TEXTS if action.type is None else NUMBERS
     return [action.option_strings[0], *[str(rng.choice(values))] * (action.nargs != 0)]
 
@@ -195,40 +177,51 @@ def odd_flag(rng, script):
 def make_case(rng):
     """(script, its words, patterns of the files that it reads)."""
     way = rng.choice("data data score score score ask ask measure pretrain finetune".split())
+    task = rng.choice(list(AGAINST))
+    run = rng.choice(list(ASKED))
     if way == "data":
-        return "data", ["--data", "data", "--index", "index"], PRETRAINING
+        return "data", ["--data", "data", "--index", "index"], FILES["pretrain"]
     if way == "score":
-        task = rng.choice(list(AGAINST))
         words = ["--task", task, "--score", f"in/{task}", "--against", AGAINST[task]]
         return "evaluate", [*words, "--split", "val"], [f"in/{task}", AGAINST[task]]
     if way == "ask":
-        run = rng.choice(list(ASKED))
-        words = ["--checkpoint", f"runs/{run}.pt", "--image", "in/a.jpg", "in/b.png", "--beam", "1"]
-        return "evaluate", [*words, "--device", "cpu", *rng.choice(ASKED[run]).split()], [
-            f"runs/{run}.pt", "in/?.*"]
+        words = ["--checkpoint", f"runs/{run}.pt", "--image", "in/a.jpg", "in/b.png", "--beam", "1",
+                 "--device", "cpu", *rng.choice(ASKED[run]).split()]
+        return "evaluate", words, [f"runs/{run}.pt", "in/?.*"]
     if way == "measure":
-        task = rng.choice(["vqa", "nlvr2", "flickr30k", "detection"])
-        words = ["--checkpoint", f"runs/{task}.pt", "--task", task, "--data", "data", "--index",
-                 "index", "--workers", "0", "--device", "cpu", "--submit", "results"]
+        words = [*MEASURE, "--checkpoint", f"runs/{task}.pt", "--submit", "results"]
         return "evaluate", words, [f"runs/{task}.pt", *FILES[task]]
     if way == "pretrain":
-        return "pretrain", rng.choice((
-            [*TINY, *TINY_MODEL, "--val-pictures", "2"],
-            ["--resume", "runs/pretrain.pt", "--steps", "3", "--index", "index"])), [
-            *PRETRAINING, "runs/pretrain.pt"]
-    task = rng.choice(["vqa", "nlvr2", "flickr30k", "detection"])
-    return "finetune", ["--task", task, *TINY, "--init", "runs/pretrain.pt", "--negatives", "2",
-                        "--val-examples", "2"], [*FILES[task], "runs/pretrain.pt"]
-
-
-def default_signals():
-    """A training notes SIGTERM, with which the pool ends its processes."""
-    for number in data.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        words = rng.choice(([*TINY, *TINY_MODEL, "--val-pictures", "2"],
+                            ["--resume", "runs/pretrain.pt", "--steps", "3", "--index", "index"]))
+        return "pretrain", words, [*FILES["pretrain"], "runs/pretrain.pt"]
+    words = ["--task", task, *TINY, "--init", "runs/pretrain.pt", "--negatives", "2",
+             "--val-examples", "2"]
+    return "finetune", words, [*FILES[task], "runs/pretrain.pt"]
 
 
 def too_long(number, frame):
     raise TimeoutError(f"more than {SECONDS} s")
+
+
+def call(script, words):
+    """(exit code, what is printed, errors) of a command in this process."""
+    sys.argv = [f"{script}.py"]  # argparse's name for the command
+    out, err = io.StringIO(), io.StringIO()
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = SCRIPTS[script].main(words)
+        except SystemExit as ended:  # argparse's
+            code = ended.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    signal.alarm(0)
+    for number in data.SIGNALS:  # a training notes SIGTERM, with which the pool ends its processes
+        signal.signal(number, signal.SIG_DFL)
+    return code, out.getvalue(), err.getvalue()
 
 
 def run_case(seed, number, kit):
@@ -245,31 +238,18 @@ def run_case(seed, number, kit):
         change_file(rng, changed)
     else:
         words += odd_flag(rng, script)
-    sys.argv = [f"{script}.py"]  # argparse's name for the command
-    out, err = io.StringIO(), io.StringIO()
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = SCRIPTS[script].main(words)
-        except SystemExit as ended:  # argparse's
-            code = ended.code
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    signal.alarm(0)
-    default_signals()
-    wrong = [] if code in (0, 2) else [f"exit code {code}"]
-    lines = [line for line in err.getvalue().splitlines() if line.startswith(f"{script}.py: ")]
-    if code == 2 and (not lines or not err.getvalue().strip().splitlines()[-1] == lines[-1]):
-        wrong.append("no line that says what is wrong")
+    code, out, err = call(script, words)
     os.chdir(kit)
     shutil.rmtree(folder)
-    report = (f"case {number}: {'; '.join(wrong) or code}\n"
-              f"  python {script}.py {shlex.join(words)}\n  {changed}\n"
-              f"{out.getvalue()[-500:]}\n{err.getvalue()[-3000:]}")
-    report = report.encode("utf-8", "backslashreplace").decode()
-    return "fault" if wrong else "refused" if code else "succeeded", report
+
+    end = "fault"
+    if code == 0:
+        end = "succeeded"
+    elif code == 2 and err.strip().split("\n")[-1].startswith(f"{script}.py: "):
+        end = "refused"  # and the last line says why
+    report = (f"case {number}: {end}, exit code {code}\n  python {script}.py {shlex.join(words)}\n"
+              f"  {changed}\n{out[-500:]}\n{err[-3000:]}")
+    return end, report.encode("utf-8", "backslashreplace").decode()
 
 
 def main(argv=None):

@@ -464,7 +464,7 @@ def make(number_, args):
     for hard in {run.hard for run in table.runs()}:
         if not os.path.exists(worlds[hard]):
             print(f"writing the miniature world to {worlds[hard]}", flush=True)
-            shapes.write_world(worlds[hard], hard=hard, flag="--data")
+            shapes.write_world(worlds[hard], hard=hard)
     runner.train(table.runs())
     kept, rows = {}, []
     for run in table.runs():

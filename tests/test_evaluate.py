@@ -1,11 +1,10 @@
-"""What a pre-trained model has learnt, and images of one's own: phrases by hand, average precision
-against pycocotools, measures of a model whose answers are known, `Predictor` against the model
-called by hand, attention, drawings, and the command.
+"""What a pre-trained model has learnt, and images of one's own: phrases by hand, measures of a
+model whose answers are known, `Predictor` against the model called by hand, attention, drawings,
+and the command.
 """
 
 import json
 import os
-import random
 import re
 import shutil
 
@@ -14,15 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_model
+from matplotlib.figure import Figure
 from PIL import Image
-from test_tasks import QUIET, SIZE, model_for, official_ap, on_two_processes, words_of
+from test_tasks import QUIET, SIZE, model_for, words_of
 
 import evaluate
-from data import (Example, InputError, Objects, Tokenizer, load_image, pretraining_index,
-                  read_pretraining, to_pixels)
-from evaluate import (Grounding, Predictor, average_precision, draw_attention, draw_curves,
-                      draw_sheet, duplicates_and_missed, measure, measure_with_blind,
-                      prepare_probes, record_attention)
+from data import Example, InputError, Objects, Tokenizer, load_image, read_pretraining, to_pixels
+from evaluate import (Grounding, Predictor, draw_attention, draw_curves, duplicates_and_missed,
+                      measure, measure_with_blind, prepare_probes, record_attention)
 from model import Memory, build_model, load_checkpoint, save_checkpoint
 from tasks import TASKS, make_task
 
@@ -33,6 +31,7 @@ RED, BLUE, SMALL, LARGE = range(4)
 # A small red circle, a large blue circle, a large red square
 IMAGE = Example("an image", vg=Objects([(0.5, 0.5, 0.1, 0.1)] * 3, [CIRCLE, CIRCLE, SQUARE],
                                        [[RED, SMALL], [BLUE, LARGE], [RED, LARGE]]))
+GROUNDING = Grounding(NAMES, [IMAGE])
 ANSWERS = ["yes", "no", "red", "blue", "two", "a circle"]
 
 
@@ -86,27 +85,21 @@ def run(capsys, checkpoints):
 # Words and what they say of an image
 
 
-@pytest.fixture
-def grounding():
-    return Grounding(NAMES, [IMAGE])
-
-
 @pytest.mark.parametrize("sentence, expected", [
     ("A small red circle is left of a SQUARE.", [([SMALL, RED], CIRCLE), ([], SQUARE)]),
     ("two azure discs and a disc", [([], CIRCLE)]),  # "discs" is in no list
     ("red and a circle", [([], CIRCLE)]),            # the attribute is not right before it
     ("an azure stop sign", [([BLUE], SIGN)]), ("nothing here", []), ("", [])])
-def test_object_phrases_are_found(grounding, sentence, expected):
-    found = [(phrase.attributes, phrase.label) for phrase in grounding.find(sentence)]
+def test_object_phrases_are_found(sentence, expected):
+    found = [(phrase.attributes, phrase.label) for phrase in GROUNDING.find(sentence)]
     assert found == expected
 
 
 @pytest.mark.parametrize("sentence, truth", [
     ("a small red circle", True), ("a large red circle", False), ("a circle and a square", True),
     ("a circle and a stop sign", False), ("a day", False)])
-def test_a_caption_is_true_if_it_names_something_and_all_that_it_names_is_there(
-        grounding, sentence, truth):
-    assert grounding.all_true(grounding.facts(IMAGE), sentence) == truth
+def test_a_caption_is_true_if_it_names_something_and_all_that_it_names_is_there(sentence, truth):
+    assert GROUNDING.all_true(GROUNDING.facts(IMAGE), sentence) == truth
 
 
 @pytest.mark.parametrize("sentence, expected", [
@@ -116,8 +109,8 @@ def test_a_caption_is_true_if_it_names_something_and_all_that_it_names_is_there(
     ("blue circles", {"circles": ["squares", "stop sign"]}),  # a plural; red ones are there too
     ("a red circle", {}),            # there is a blue circle too, and a red square
     ("a large blue square", {})])    # not true of the image
-def test_which_words_the_image_decides(grounding, sentence, expected):
-    found = grounding.grounded_words(grounding.facts(IMAGE), sentence)
+def test_which_words_the_image_decides(sentence, expected):
+    found = GROUNDING.grounded_words(GROUNDING.facts(IMAGE), sentence)
     assert {sentence[start:end]: sorted(false) for start, end, false in found} == expected
 
 
@@ -128,13 +121,13 @@ def test_probes_are_the_same_each_time_and_foils_are_never_true(val, words):
     labels = []
     for example, probe in zip(val, probes):
         own = {tuple(tokenizer.encode(sentence)) for sentence in example.sentences}
-        for tokens, label in probe["foil"]:
+        for tokens, label in probe["itm_accuracy_foil"]:
             truth = grounding.all_true(grounding.facts(example), tokenizer.decode(tokens))
             assert truth == bool(label)
             labels.append(label)
-        for tokens, label in probe["itm"]:
+        for tokens, label in probe["itm_accuracy"]:
             assert (tuple(tokens) in own) == bool(label)
-        for tokens, answers in probe["mlm"] + probe["visual"]:
+        for tokens, answers in probe["mlm_accuracy"] + probe["mlm_accuracy_visual"]:
             masked = [token == tokenizer.mask for token in tokens]
             assert any(masked) and masked == [answer >= 0 for answer in answers]
     assert min(labels.count(0), labels.count(1)) > 5
@@ -142,29 +135,6 @@ def test_probes_are_the_same_each_time_and_foils_are_never_true(val, words):
 
 # --------------------------------------------------------------------------------------------------
 # The measures of pre-training
-
-
-def test_average_precision_is_pycocotools_on_the_official_file(world):
-    path = f"{world}/coco/annotations/instances_train2017.json"
-    examples = read_pretraining(world, ["coco"], **QUIET)["train"]
-    with open(path) as file:
-        annotations = json.load(file)["annotations"]
-    number = {int(example.id.split()[1]): i for i, example in enumerate(examples)}
-    categories = sorted({a["category_id"] for a in annotations})
-    rng = random.Random(0)
-    theirs, ours = [], []
-    for a in annotations * 2:  # boxes off by some pixels, some of a wrong class
-        x, y, w, h = (v + rng.uniform(-4, 4) for v in a["bbox"])
-        category = rng.choice([a["category_id"]] * 3 + categories)
-        theirs.append({"image_id": a["image_id"], "bbox": [x, y, max(1, w), max(1, h)],
-                       "category_id": category, "score": rng.random()})
-        ours.append({**theirs[-1], "image_id": number[a["image_id"]],
-                     "category_id": categories.index(category)})
-    expected = official_ap(path, theirs)
-    assert 0.05 < expected["AP"] < 0.9
-    found = average_precision(examples, ours, len(categories))
-    assert found == pytest.approx((expected["AP"], expected["AP50"]), abs=1e-6)
-    assert average_precision(examples, [], len(categories)) == (0.0, 0.0)
 
 
 class Oracle:
@@ -240,13 +210,11 @@ def test_measures_count_the_right_answers(val, words):
 
     wrong = {0, 3, 5}
     found = measure(Oracle(val, words, probes, wrong), *words, val, asked, batch_size=3, **SIZE)
-    counts = {"mlm_accuracy": [sum(label >= 0 for _, labels in probe["mlm"] for label in labels)
-                               for probe in probes],
-              "attribute_accuracy": [sum(map(bool, e.vg.attributes)) for e in val],
-              "caption_objects": [1] * len(val)}
-    for kind, name in (("visual", "mlm_accuracy_visual"), ("itm", "itm_accuracy"),
-                       ("foil", "itm_accuracy_foil")):
-        counts[name] = [len(probe[kind]) for probe in probes]
+    counts = {name: [len(probe[name]) for probe in probes] for name in probes[0]}
+    counts["mlm_accuracy"] = [sum(label >= 0 for _, labels in probe["mlm_accuracy"]
+                                  for label in labels) for probe in probes]
+    counts["attribute_accuracy"] = [sum(map(bool, e.vg.attributes)) for e in val]
+    counts["caption_objects"] = [1] * len(val)
     for name, per_image in counts.items():
         right = sum(n for i, n in enumerate(per_image) if i not in wrong)
         assert found[name] == pytest.approx(right / sum(per_image)), name
@@ -258,13 +226,12 @@ def test_duplicates_and_missed_objects_by_hand():
     """
     boxes = [(0.2, 0.2, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.5, 0.5, 0.2, 0.2)]
     example = Example(0, [], (100, 100), coco=Objects(boxes, [0, 0, 1]))
-    found = [([10, 10, 20, 20], 0, 0.9), ([11, 10, 20, 20], 0, 0.6), ([10, 10, 20, 20], 0, 0.4),
-             ([10, 10, 20, 20], 1, 0.8), ([40, 40, 20, 20], 0, 0.7)]
-    results = [{"image_id": 1, "bbox": bbox, "category_id": label, "score": score}
-               for bbox, label, score in found]
+    found = [(0, [10, 10, 20, 20], 0.9), (0, [11, 10, 20, 20], 0.6), (0, [10, 10, 20, 20], 0.4),
+             (1, [10, 10, 20, 20], 0.8), (0, [40, 40, 20, 20], 0.7)]
     empty = Example(1, [], (100, 100), coco=Objects([], []))
-    assert duplicates_and_missed([empty, example], results) == pytest.approx((1 / 3, 2 / 3))
-    assert duplicates_and_missed([example], []) == (0, 1)
+    assert duplicates_and_missed([empty, example], {1: found}) == pytest.approx(
+        {"duplicates": 1 / 3, "missed": 2 / 3})
+    assert duplicates_and_missed([example], {}) == {"duplicates": 0, "missed": 1}
 
 
 @pytest.mark.parametrize("without,gone", [
@@ -277,25 +244,6 @@ def test_what_training_left_out_is_not_measured(val, words, without, gone):
                    for left_out in ((), without))
     assert any(gone in name for name in every) and not any(gone in name for name in some)
     assert some == {name: every[name] for name in some}
-
-
-def measures_of(rank, world, processes=2, **settings):
-    """Measures of a random model on three held-out images."""
-    tokenizer, names = words_of(world)
-    examples = pretraining_index(world, **QUIET)["val"][:3]
-    probes = prepare_probes(tokenizer, names, examples)
-    return measure(model_for(None, tokenizer, names), tokenizer, names, examples, probes,
-                   rank=rank, world=processes, **SIZE, **settings)
-
-
-def test_measures_do_not_depend_on_batch_or_processes(world, tmp_path):
-    one = measures_of(0, world, processes=1)
-    assert all(0 <= value <= 1 for value in one.values()) and len(one) == 18
-    assert measures_of(0, world, processes=1, batch_size=1) == pytest.approx(one, abs=1e-6)
-    for measures in on_two_processes(measures_of, tmp_path, world):
-        assert measures == pytest.approx(one, abs=1e-6)
-    bf16 = measures_of(0, world, processes=1, amp=True)
-    assert set(bf16) == set(one) and all(0 <= value <= 1 for value in bf16.values())
 
 
 def test_a_blind_model_sees_the_mean_image(val, words, monkeypatch):
@@ -377,45 +325,19 @@ def test_a_predictor_answers_and_judges_as_the_model_does(checkpoints, images):
         assert found == pytest.approx(chance, abs=1e-4)
 
 
-@pytest.mark.parametrize("mode, ending", [
-    ("RGB", "png"), ("RGBA", "png"), ("I;16", "png"), ("CMYK", "jpg")])
-def test_a_path_a_pil_image_of_any_mode_and_an_array_are_the_same_image(
-        checkpoints, tmp_path, mode, ending):
-    rng = np.random.default_rng(0)
-    if mode == "I;16":
-        image = Image.fromarray(rng.integers(0, 65536, (20, 30), np.uint16))
-    else:
-        image = Image.fromarray(rng.integers(0, 256, (20, 30, 4), np.uint8)).convert(mode)
-    path = str(tmp_path / f"image.{ending}")
-    image.save(path)
-    predictor = Predictor(checkpoints["caption"], "cpu")
-    expected = np.asarray(predictor.open(path))
-    assert expected.shape == (20, 30, 3) and expected.std() > 5
-    np.testing.assert_array_equal(np.asarray(predictor.open(Image.open(path))), expected)
-    np.testing.assert_array_equal(np.asarray(predictor.open(expected)), expected)
-
-
-def test_a_cameras_rotation_is_applied(checkpoints, tmp_path):
-    image = Image.new("RGB", (80, 40))
+def test_a_path_a_pil_image_and_an_array_are_the_same_image(checkpoints, tmp_path):
+    """Of any mode; a camera's rotation is applied."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    image = Image.fromarray(pixels)
     exif = image.getexif()
     exif[0x0112] = 6  # show it turned by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
+    path = str(tmp_path / "image.png")
+    image.save(path, exif=exif)
     predictor = Predictor(checkpoints["caption"], "cpu")
-    for given in (str(tmp_path / "turned.jpg"), Image.open(tmp_path / "turned.jpg")):
-        assert predictor.open(given).size == (40, 80)
-
-
-@pytest.mark.parametrize("task, ability, says", [
-    ("", "answer", "is pre-trained, and cannot answer; it can caption, detect, match"),
-    ("vqa", "caption", "is fine-tuned for vqa, and cannot caption; it can answer"),
-    ("nlvr2", "detect", "it can judge"), ("flickr30k", "judge", "it can match")])
-def test_what_a_checkpoint_cannot_do_is_one_line_that_says_what_it_can(
-        checkpoints, task, ability, says):
-    predictor = Predictor(checkpoints[task], "cpu")
-    inputs = ["image"] * {"judge": 3, "answer": 2}.get(ability, 1)
-    with pytest.raises(InputError, match=says) as error:
-        getattr(predictor, ability)(*inputs)
-    assert "\n" not in str(error.value) and checkpoints[task] in str(error.value)
+    expected = np.asarray(predictor.open(path))
+    assert expected.shape == (30, 20, 3) and expected.std() > 5
+    np.testing.assert_array_equal(np.asarray(predictor.open(Image.open(path))), expected)
+    np.testing.assert_array_equal(np.asarray(predictor.open(expected)), expected)
 
 
 def test_what_was_left_out_of_training_is_not_said(checkpoints, images, tmp_path):
@@ -424,7 +346,8 @@ def test_what_was_left_out_of_training_is_not_said(checkpoints, images, tmp_path
     save_checkpoint(path, build_model(state, ""), state["vocabulary"], state["names"],
                     args={**state["args"], "without": ["caption", "attributes"]})
     predictor = Predictor(path, "cpu")
-    with pytest.raises(InputError, match="cannot caption; it can detect, match"):
+    with pytest.raises(InputError, match=f"{path}: is pre-trained, and cannot caption; it can "
+                       "detect, match"):
         predictor.caption(images[0])
     assert all(thing["attributes"] == [] for thing in predictor.detect(images[0], 0))
 
@@ -436,7 +359,7 @@ def test_what_was_left_out_of_training_is_not_said(checkpoints, images, tmp_path
 def test_recorded_weights_are_those_that_the_model_uses():
     """The mean over heads of the softmax by hand, in float64."""
     torch.manual_seed(0)
-    attention, x = small_model().encoder[0].attention, torch.randn(3, 6, 32)
+    attention, x = small_model().encoder[0].self_attention, torch.randn(3, 6, 32)
     mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
     recorded = record_attention([attention])
     with torch.no_grad():
@@ -452,73 +375,44 @@ def test_recorded_weights_are_those_that_the_model_uses():
         assert (found[b, :, length:] == 0).all()
 
 
-def test_attention_is_shared_out_among_words_and_cells(checkpoints, images):
-    found = Predictor(checkpoints[""], "cpu").attention(images[0], "a red circle", 0)
-    T, (H, W) = len(found["words"]), found["grid"]
-    assert found["words"] == ["[CLS]", "a", "red", "circle", "[SEP]"]
-    assert found["encoder"].shape == (2, T, T + H * W)
-    assert found["decoder"].shape == (2, len(found["objects"]), T + H * W)
-    for weights in (found["encoder"], found["decoder"]):
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
-        assert weights.min() >= 0
-
-
 # --------------------------------------------------------------------------------------------------
 # Drawings
 
 
-def pixels_of(path):
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def test_a_sheet_has_the_true_boxes(val, words, tmp_path, monkeypatch):
-    model = model_for(None, *words)
-    draw_sheet(tmp_path / "a.png", model, *words, val[:3], **SIZE)
-    monkeypatch.setattr(val[0], "vg", Objects([], []))
-    draw_sheet(tmp_path / "b.png", model, *words, val[:3], **SIZE)
-    with_boxes, without = pixels_of(tmp_path / "a.png"), pixels_of(tmp_path / "b.png")
-    height, width, _ = with_boxes.shape
-    assert with_boxes.shape == without.shape and height > 400 and width > 800
-    changed = np.abs(with_boxes - without).sum(-1) > 60
-    assert changed[:height // 2, :width // 4].sum() > 50  # its truth is at the left above
-
-
-def test_curves_of_several_runs_have_a_colour_each_and_blind_ones_are_drawn_too(tmp_path):
-    counts = []
-    for blind in (False, True):
-        for n, run in enumerate("ab"):
-            os.makedirs(tmp_path / run, exist_ok=True)
-            with open(tmp_path / run / "log.jsonl", "w") as file:
-                for step in range(1, 5):
-                    line = {"step": step, "loss": 1 / (step + n), "val_AP": 0.1 * (step + n)}
-                    if blind:
-                        line["blind_AP"] = 0.45 - 0.3 * n
-                    file.write(json.dumps(line) + "\n")
-                file.write('{"step": 5, "lo')  # a run that is writing, or was cut short
-        draw_curves([tmp_path / "a", tmp_path / "b"], tmp_path / "curves.png")
-        pixels = pixels_of(tmp_path / "curves.png")
-        warm = pixels[..., 0] - pixels[..., 2]
-        counts.append([(warm < -60).sum(), (warm > 60).sum()])  # blue and orange
-    assert min(counts[0]) > 50
-    assert counts[1][0] > counts[0][0] and counts[1][1] > counts[0][1]
-
-
-def test_attention_is_drawn_where_it_looks(tmp_path):
-    image = Image.new("RGB", (96, 64))
-    found = {"words": ["[CLS]", "a", "[SEP]"], "objects": [], "grid": (4, 6)}
-    found["encoder"] = torch.zeros(2, 3, 3 + 24)
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would be written."""
     drawn = []
-    for cell in (0, 21):  # the first; in the last row, column 3
-        found["encoder"][:] = 0
-        found["encoder"][:, :, 3 + cell] = 1
-        draw_attention(tmp_path / "a.png", image, found, "words")
-        drawn.append(pixels_of(tmp_path / "a.png"))
-    height, width, _ = drawn[0].shape
-    assert 300 < height < 1000 and 200 < width < 800  # three words in two layers
-    means = [np.mean(np.nonzero((drawn[i] - drawn[1 - i]).sum(-1) > 100), axis=1) for i in (0, 1)]
-    assert means[0][0] < means[1][0] - 10 and means[0][1] < means[1][1] - 10
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_curves_of_several_runs_have_a_colour_each_and_blind_ones_are_dashed(figures, tmp_path):
+    for run in "ab":
+        line = {"step": 1, "loss": 0.5, "val_AP": 0.2, "blind_AP": 0.1}
+        (tmp_path / run).mkdir()
+        # A run that is writing, or was cut short
+        (tmp_path / run / "log.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo')
+    draw_curves([tmp_path / "a", tmp_path / "b"], "")
+    _, precision = figures[0].axes
+    curves = [(line.get_label(), line.get_color(), line.get_linestyle(), *line.get_ydata())
+              for line in precision.lines]
+    assert curves == [("a", "C0", "-", 0.2), ("a", "C0", "--", 0.1),
+                      ("b", "C1", "-", 0.2), ("b", "C1", "--", 0.1)]
+
+
+def test_attention_is_drawn_where_it_looks(figures):
+    """Cell (row, column) of the ResNet's grid has its centre at pixel (16 row, 16 column)."""
+    found = {"words": ["[CLS]", "a", "[SEP]"], "objects": [], "grid": (4, 6),
+             "encoder": torch.rand(2, 3, 3 + 24)}
+    draw_attention("", Image.new("RGB", (96, 64)), found, "words")
+    axes = figures[0].axes
+    assert len(axes) == 6
+    for n, ax in enumerate(axes):
+        word, layer = divmod(n, 2)
+        cells = found["encoder"][layer, word, 3:].view(4, 6)
+        np.testing.assert_array_equal(ax.images[-1].get_array(), cells)
+        assert ax.images[-1].get_extent() == [-8, 88, 56, -8]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -552,7 +446,7 @@ def test_images_are_found_in_the_order_of_how_well_the_sentence_fits(run, checkp
 
 def test_questions_statements_and_attention(run, images, tmp_path):
     code, said, _ = run("vqa", "--image", images[0], "--question", "what is it?", "--attention",
-                        "--output", tmp_path)
+                        "--output", tmp_path, "--amp", "bf16")
     assert code == 0 and "answers" in said
     assert sorted(name.split("-")[-1] for name in os.listdir(tmp_path))[-1] == "words.png"
     code, said, _ = run("nlvr2", "--image", *images[:2], "--statement", "both are red")
@@ -561,25 +455,8 @@ def test_questions_statements_and_attention(run, images, tmp_path):
                         "--attention", "--output", tmp_path / "more")
     assert code == 0 and "match" in said
     assert len(os.listdir(tmp_path / "more")) == 3
-
-
-@pytest.mark.parametrize("task, flags", [
-    ("", ["--sentence", "a red circle", "--threshold", 0]), ("vqa", ["--question", "what is it?"])])
-def test_bf16_answers_nearly_the_same(run, images, tmp_path, task, flags):
-    found = []
-    for precision in ("none", "bf16"):
-        code, _, _ = run(task, "--image", images[0], *flags, "--amp", precision,
-                         "--json", tmp_path / precision)
-        assert code == 0
-        (answer,) = json.loads((tmp_path / precision).read_text())
-        found.append([answer["match"], *sorted(thing["score"] for thing in answer["objects"])]
-                     if task == "" else sorted(chance for _, chance in answer["answers"]))
-    assert found[1] != found[0] and found[1] == pytest.approx(found[0], abs=0.03)
-
-
-def test_an_image_in_which_nothing_is_found_is_no_error(run, images, tmp_path):
     code, _, wrong = run("detection", "--image", images[0], "--threshold", 1, "--attention",
-                         "--output", tmp_path)
+                         "--output", tmp_path)  # nothing is found
     assert (code, wrong) == (0, [])
 
 
@@ -594,19 +471,6 @@ def test_the_measures_of_a_pretrained_checkpoint(run, world, tmp_path):
             assert re.search(rf"^{prefix}_{name} +{value:.3f}$", said, re.MULTILINE)
 
 
-def test_a_tasks_scores_are_those_of_the_file_that_it_writes(run, world, tmp_path):
-    for task, against in (("vqa", "vqa/v2_mscoco_val2014_annotations.json"),
-                          ("flickr30k", "flickr30k/dataset_flickr30k.json")):
-        assert run(task, "--data", world, "--submit", tmp_path / "results",
-                   "--json", tmp_path / "scores")[0] == 0
-        code, said, _ = run(None, "--task", task, "--score", tmp_path / "results", "--against",
-                            f"{world}/{against}", "--split", "val", "--json", tmp_path / "again")
-        scores = json.loads((tmp_path / "scores").read_text())
-        assert code == 0 and json.loads((tmp_path / "again").read_text()) == pytest.approx(scores)
-        for name, value in scores.items():
-            assert re.search(rf"^{name} +{value:.3f}$", said, re.MULTILINE)
-
-
 @pytest.mark.parametrize("task, flags, says", [
     (None, ["--image", "a.jpg"], "--image: needs --checkpoint"),
     (None, ["--score", "a", "--task", "vqa"], "--score: needs --against"),
@@ -619,7 +483,7 @@ def test_a_tasks_scores_are_those_of_the_file_that_it_writes(run, world, tmp_pat
     ("nlvr2", ["--image", "{image}", "--statement", "a"], "--statement: needs two images"),
     ("", ["--data", "{world}", "--split", "val"], "need a --task"),
     ("vqa", ["--data", "{world}", "--task", "nlvr2"], "is fine-tuned for vqa"),
-    ("", ["--data", "{world}", "--task", "vqa"], "is pre-trained only"),
+    ("", ["--data", "{world}", "--task", "vqa"], "is pre-trained"),
     ("", ["--data", "nowhere"], "--data nowhere: no such folder")])
 def test_what_cannot_be_done_is_one_line(run, world, images, tmp_path, task, flags, says):
     places = {"out": tmp_path, "image": images[0], "world": world}

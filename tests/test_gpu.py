@@ -8,6 +8,7 @@ with fake tensors, which have a device and no numbers.
 import json
 import math
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from tasks import TASKS, make_task
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
+# Of pre-training's images
+SIZES = {"padded": ((64, 80), (50, 96), (64, 64)), "equal": ((64, 80),) * 3}
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +57,48 @@ def step(objective, batch, device, amp=False):
     return losses, gradients
 
 
+@pytest.fixture(scope="module", params=[*SIZES, *TASKS])
+def case(request, world, tmp_path_factory):
+    """(objective, batch, examples, tokenizer) of pre-training on random images, or of a task's
+    first three items in the world.
+    """
+    if request.param in SIZES:
+        return Pretraining(small_model()), small_batch(SIZES[request.param]), None, None
+    tokenizer = Tokenizer(f"{world}/vocab.txt")
+    # Of three images all others are wrong ones: none is drawn
+    task = make_task(request.param, {"negatives": 2, "no_object_weight": 0.1})
+    folder = str(tmp_path_factory.mktemp("index"))
+    index = task.index(world, "train", folder, say=lambda *_: None)
+    if task.new_head:
+        task.labels = task.choose_labels(index["targets"], index["targets"])
+    model = small_model(
+        vocabulary=len(tokenizer.vocabulary), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
+        sep=tokenizer.sep, mask=tokenizer.mask, classifier_images=task.images,
+        classifier_outputs=len(task.labels), classes={"coco": 80, "vg": 4})
+    args = Namespace(seed=0, short_sides=[64], long_side=96, train_examples=0,
+                     sentences_per_picture=5)  # an image is one item
+    items = TaskSet(task, index["examples"], tokenizer, args)
+    batch = collate_task([items[0, i, 0] for i in range(3)], tokenizer.pad)
+    return FineTuning(model, task, False), batch, index["examples"][:3], tokenizer
+
+
 @gpu
-@pytest.mark.parametrize("sizes", [((64, 80), (50, 96), (64, 64)), ((64, 80),) * 3],
-                         ids=["padded", "equal"])
-def test_a_step_of_pretraining_is_the_cpus(sizes):
-    batch = small_batch(sizes)
-    expected, expected_gradients = step(Pretraining(small_model()), batch, "cpu")
-    losses, gradients = step(Pretraining(small_model()), batch, DEVICE)
+def test_a_step_is_the_cpus_and_a_task_answers(case):
+    objective, batch, examples, tokenizer = case
+    expected, expected_gradients = step(objective, batch, "cpu")
+    expected_gradients = {name: g.clone() for name, g in expected_gradients.items()}
+    losses, gradients = step(objective, batch, DEVICE)
     close(losses, expected)
     close(gradients, expected_gradients, rtol=1e-2, atol=1e-3)
-    losses, gradients = step(Pretraining(small_model()), batch, DEVICE, amp=True)
-    close(losses, expected, rtol=0.05, atol=0.02)
-    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    if examples is None:
+        losses, gradients = step(objective, batch, DEVICE, amp=True)
+        close(losses, expected, rtol=0.05, atol=0.02)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+    else:
+        answers = predict(objective.task, objective.model, tokenizer, examples, device=DEVICE,
+                          short=64, long=96)
+        assert len(answers) == 3
+    objective.to("cpu")
 
 
 @gpu
@@ -81,39 +114,6 @@ def test_captions_are_the_cpus(beam):
         captions.append(model.generate(model.encode(grid), beam=beam))
     for (words, score), (expected, expected_score) in zip(*captions, strict=True):
         assert words == expected and score == pytest.approx(expected_score, abs=1e-3)
-
-
-@pytest.fixture(scope="module", params=TASKS)
-def task_case(request, world, tmp_path_factory):
-    """(objective, batch, examples, tokenizer) of a task's first three items in the world."""
-    tokenizer = Tokenizer(f"{world}/vocab.txt")
-    task = make_task(request.param, {"negatives": 2})  # of three images all others: none is drawn
-    folder = str(tmp_path_factory.mktemp("index"))
-    index = task.index(world, "train", folder, say=lambda *_: None)
-    if task.new_head:
-        task.labels = task.choose_labels(index["targets"], index["targets"])
-    model = small_model(
-        vocabulary=len(tokenizer.vocabulary), max_tokens=40, pad=tokenizer.pad, cls=tokenizer.cls,
-        sep=tokenizer.sep, mask=tokenizer.mask, classifier_images=task.images,
-        classifier_outputs=len(task.labels), classes={"coco": 80, "vg": 4})
-    items = TaskSet(task, index["examples"], tokenizer, short_sides=[64], long_side=96,
-                    sentences_per_image=5)  # an image is one item
-    batch = collate_task([items[0, i, 0] for i in range(3)], tokenizer.pad)
-    return FineTuning(model, task, False), batch, index["examples"][:3], tokenizer
-
-
-@gpu
-def test_a_step_of_each_task_is_the_cpus_and_it_answers(task_case):
-    objective, batch, examples, tokenizer = task_case
-    expected, expected_gradients = step(objective, batch, "cpu")
-    expected_gradients = {name: g.clone() for name, g in expected_gradients.items()}
-    losses, gradients = step(objective, batch, DEVICE)
-    close(losses, expected)
-    close(gradients, expected_gradients, rtol=1e-2, atol=1e-3)
-    answers = predict(objective.task, objective.model, tokenizer, examples, device=DEVICE,
-                      short=64, long=96)
-    assert len(answers) == 3
-    objective.to("cpu")
 
 
 def read_log(folder):
@@ -168,10 +168,9 @@ def test_a_resumed_training_ends_with_the_weights_of_one_that_never_stopped(worl
 
 
 @gpu
-def test_a_step_makes_the_host_wait_three_times_at_most(world, tmp_path, capsys):
+def test_a_step_makes_the_host_wait_three_times_at_most(world, tmp_path):
     """For the costs of the matching of each of the two label sets, and: is the gradient finite?"""
     after_step = []
-    torch.cuda.reset_peak_memory_stats()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hook = register_optimizer_step_post_hook(lambda *_: after_step.append(len(caught)))
@@ -185,37 +184,24 @@ def test_a_step_makes_the_host_wait_three_times_at_most(world, tmp_path, capsys)
     for first, last in zip(after_step[1:], after_step[2:]):  # the first step is logged, which waits
         waits.append([f"{w.filename}:{w.lineno}" for w in caught[first:last]
                       if "synchroniz" in str(w.message)])
-    with capsys.disabled():
-        peak = torch.cuda.max_memory_allocated() / 2**20
-        print(f"\n{peak:.0f} MiB at the peak; waits of a step: {waits[-1]}")
     assert waits and all(1 <= len(of_step) <= 3 for of_step in waits), waits
 
 
-def forward_on_a_fake_gpu(objective, batch, monkeypatch):
-    """The losses' devices, where all tensors are fake and those of different devices do not mix."""
+def test_no_tensor_is_on_a_wrong_device(case, monkeypatch):
+    """All tensors are fake, and those of different devices do not mix."""
     def match(logits, boxes, targets):  # the true one needs numbers
         n = sum(len(target["labels"]) for target in targets)
         return tuple(torch.zeros(n, dtype=torch.long, device=logits.device) for _ in range(4))
 
     monkeypatch.setattr(matcher, "hungarian_match", match)
+    objective, batch, _, _ = case
     normalizers = objective.normalizers(batch)
+    weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
     mode = FakeTensorMode()
-    batch, weights = tree_map_only(
-        torch.Tensor, mode.from_tensor,
-        (to_device(batch, "cpu"), {**dict(objective.named_parameters()),
-                                         **dict(objective.named_buffers())}))
+    batch, weights = tree_map_only(torch.Tensor, mode.from_tensor,
+                                   (to_device(batch, "cpu"), weights))
     with mode, torch.no_grad():
         weights = to_device(weights, "cuda:0")
         inputs = (to_device(batch, "cuda:0"), normalizers)
         losses = torch.func.functional_call(objective, weights, inputs)
-    return {loss.device for loss in losses.values()}
-
-
-def test_no_tensor_of_pretraining_is_on_a_wrong_device(monkeypatch):
-    found = forward_on_a_fake_gpu(Pretraining(small_model()), small_batch(), monkeypatch)
-    assert found == {torch.device("cuda", 0)}
-
-
-def test_no_tensor_of_a_task_is_on_a_wrong_device(task_case, monkeypatch):
-    objective, batch, _, _ = task_case
-    assert forward_on_a_fake_gpu(objective, batch, monkeypatch) == {torch.device("cuda", 0)}
+    assert {loss.device for loss in losses.values()} == {torch.device("cuda", 0)}

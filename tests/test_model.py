@@ -3,36 +3,43 @@ nothing sees what it must not, generation finds what a slow search finds, a chec
 refused, and the walk's numbers are those of the formulas.
 """
 
-import contextlib
 import errno
 import functools
 import itertools
 import math
 import os
 import random
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import small_batch, small_model, write_detr
-from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import BertConfig, DetrConfig
+from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings
-from transformers.models.detr.modeling_detr import DetrDecoder, DetrEncoder, DetrMLPPredictionHead
 
 import model as model_module
-from data import IMAGE_MEAN, IMAGE_STD, SPECIAL, InputError
+from data import SPECIAL, InputError
 from matcher import LOSS_WEIGHTS
-from model import (E2EVLP, Attention, Config, build_model, count_parameters, load_checkpoint,
-                   load_pretrained, save_checkpoint, sine_positions, walk)
+from model import (E2EVLP, Config, build_model, load_checkpoint, load_pretrained,
+                   save_checkpoint, sine_positions, walk)
 from pretrain import Pretraining
 
+IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def normalised(images):
+    """Pixels as ImageNet's weights expect them."""
+    return torchvision.transforms.functional.normalize(images / 255, IMAGENET.mean, IMAGENET.std)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def image_memory(model, batch):
@@ -57,35 +64,28 @@ def test_parameter_counts_of_table_5():
 
 
 def test_pretraining_gives_every_parameter_a_gradient():
-    model, batch = small_model().train(), small_batch()
-    shapes = {name: x.shape for name, x in model(batch).items() if name != "objects"}
-    masked = len(batch["mlm_positions"])
-    assert shapes == {"mlm": (masked, 50), "itm": (6, 2), "caption": (6, 6, 50)}
-    objects = model(batch)["objects"]
-    assert objects["logits"]["coco"].shape == (2, 3, 5, 4)
-    assert objects["logits"]["vg"].shape == (2, 3, 5, 5)
-    assert objects["boxes"].shape == (2, 3, 5, 4) and objects["attributes"].shape == (2, 3, 5, 6)
-    pretraining_loss(model, batch)[0].backward()
+    model = small_model().train()
+    pretraining_loss(model, small_batch())[0].backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
 
 def test_first_weights():
     """Xavier draws from -a to a, a = sqrt(6 / (in + out)); what a residual branch adds starts at a
-    twentieth of that. Embeddings of words have a deviation of 0.02, padding is zero.
+    twentieth of that. Queries begin as places of a grid, no two alike.
     """
     model = E2EVLP(Config(backbone="r18", width=64, heads=4, feed_forward=128, encoder_layers=2,
-                          decoder_layers=2, vocabulary=500))
+                          decoder_layers=2, queries=10, vocabulary=500))
     bound = math.sqrt(6 / (128 + 64))  # these matrices have 128 inputs and 64 outputs
     for layer in (*model.encoder, *model.decoder):
-        attention = getattr(layer, "attention", None) or layer.self_attention
-        for linear in (attention.out, layer.feed_forward[3]):
+        for linear in (layer.self_attention.out, layer.feed_forward[3]):
             assert 0.9 * bound / 20 < linear.weight.abs().max() < bound / 20
-            assert not linear.bias.any()
     for layer in model.decoder:
         assert 0.9 * bound < layer.cross_attention.out.weight.abs().max() < bound
-    token = model.sentence.token.weight
-    assert not token[0].any() and 0.019 < token[1:].std() < 0.021
+    assert not model.sentence.token.weight[0].any()  # padding
+    queries = model.query_positions.weight.detach()
+    close(queries, sine_positions(torch.ones(1, 4, 4, dtype=torch.bool), 64)[0, :10])
+    assert torch.cdist(queries, queries).fill_diagonal_(9).min() > 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,83 +93,17 @@ def test_first_weights():
 
 
 def test_sine_positions_equal_detrs_formula_over_the_unpadded_area():
-    """DETR's channel 2 i is the sine, 2 i + 1 the cosine, of wavelength 10000^(2 i / d); here the
-    sines come first.
-    """
+    """Channel 2 i is the sine, 2 i + 1 the cosine, of wavelength 10000^(2 i / d); rows first."""
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[0, :3, :4] = mask[1] = True
     found = sine_positions(mask, 16).view(2, 4, 5, 16)
     for b, (height, width) in enumerate(((3, 4), (4, 5))):
         for row, column, i in itertools.product(range(height), range(width), range(4)):
-            for channel, share in ((i, (row + 1) / height), (8 + i, (column + 1) / width)):
+            for first, share in ((0, (row + 1) / height), (8, (column + 1) / width)):
                 angle = 2 * math.pi * share / 10000 ** (2 * i / 8)
-                sine, cosine = found[b, row, column, [channel, channel + 4]].tolist()
+                sine, cosine = found[b, row, column, first + 2 * i:first + 2 * i + 2].tolist()
                 assert sine == pytest.approx(math.sin(angle), abs=1e-5)
                 assert cosine == pytest.approx(math.cos(angle), abs=1e-5)
-
-
-@torch.no_grad()
-def test_attention_with_heads_wider_than_the_model_equals_the_formula():
-    attention = Attention(Config(width=16, heads=3, head_width=32)).eval()
-    x, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
-    mask = torch.rand(2, 7) < 0.7
-    mask[:, 0] = True
-    found = attention(x, attention.keys_values(memory, 2 * memory), mask)
-    for b, t in itertools.product(range(2), range(5)):
-        heads = []
-        for h in range(3):
-            rows = slice(32 * h, 32 * h + 32)
-            q = attention.q(x[b, t])[rows]
-            k, v = attention.k(memory[b, mask[b]])[:, rows], attention.v(2 * memory[b, mask[b]])
-            heads.append((k @ q / math.sqrt(32)).softmax(0) @ v[:, rows])
-        close(found[b, t], attention.out(torch.cat(heads)))
-
-
-RENAMED = {"self_attention.": "self_attn.", "cross_attention.": "encoder_attn.",
-           "attention.": "self_attn.", ".q.": ".q_proj.", ".k.": ".k_proj.", ".v.": ".v_proj.",
-           ".out.": ".o_proj.", "feed_forward.0": "mlp.fc1", "feed_forward.3": "mlp.fc2",
-           "norm1": "self_attn_layer_norm"}
-
-
-def copy_layers(ours, theirs, **norms):
-    """Random weights into our layers and transformers' DETR's."""
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    state = ours.state_dict()
-    for old, new in {**RENAMED, **norms}.items():
-        state = {name.replace(old, new): tensor for name, tensor in state.items()}
-    theirs.load_state_dict(state)
-
-
-@torch.no_grad()
-def test_encoder_decoder_and_box_head_equal_transformers_detr():
-    """Positions, masks, zero targets, each layer's output; without the last norm of DETR's decoder.
-    """
-    model, batch = small_model(width=64), small_batch()
-    config = DetrConfig(d_model=64, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
-                        decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2,
-                        activation_function="gelu", dropout=0.0, auxiliary_loss=True)
-    encoder, decoder = DetrEncoder(config).eval(), DetrDecoder(config).eval()
-    decoder.layernorm = nn.Identity()
-    box = DetrMLPPredictionHead(64, 64, 4, 3)
-    copy_layers(model.encoder, encoder.layers, norm2="final_layer_norm")
-    copy_layers(model.decoder, decoder.layers, norm2="encoder_attn_layer_norm",
-                norm3="final_layer_norm")
-    for ours, theirs in zip(list(model.box)[::2], box.layers):
-        theirs.load_state_dict(ours.state_dict())
-
-    grid = image_memory(model, batch)
-    memory, objects = model.encode(grid), model.decode_objects(model.encode(grid))
-    states = encoder(inputs_embeds=grid.states, attention_mask=grid.mask,
-                     spatial_position_embeddings=grid.positions).last_hidden_state
-    there = grid.mask[..., None]
-    close(memory.states * there, states * there)
-    expected = decoder(
-        inputs_embeds=torch.zeros(3, 5, 64), encoder_hidden_states=states,
-        encoder_attention_mask=grid.mask, spatial_position_embeddings=grid.positions,
-        object_queries_position_embeddings=model.query_positions.weight.expand(3, 5, 64))
-    close(objects, expected.intermediate_hidden_states)
-    close(model.detect(memory)["boxes"], box(objects).sigmoid())
 
 
 @torch.no_grad()
@@ -186,22 +120,20 @@ def test_detrs_weights_give_what_transformers_detr_gives(tmp_path):
                         decoder_attention_heads=8, num_queries=100)
     state = load_checkpoint(path)
     model = build_model(state, path).eval()
-    used = [p for name, p in model.named_parameters() if not name.startswith(state["lacks"])]
-    gaps = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-    spared = 257 * len(gaps)
-    assert sum(p.numel() for p in used) == count_parameters(theirs) - spared
+    names = state["names"]["coco"]
+    assert (names[0], names[11], names[-1]) == ("person", "stop sign", "toothbrush")
+    gaps = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids that COCO does not use
+    columns = [i for i in range(92) if i not in gaps]  # class 91 means "no object"
 
     batch = small_batch(sizes=((96, 130), (70, 100)))
     objects = model.detect(model.encode(image_memory(model, batch)))
     outputs = []
     for layer in theirs.model.decoder.layers:
         layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
-    columns = [i for i in range(92) if i not in gaps]  # class 91 means "no object"
     for b, (height, width) in enumerate(((96, 130), (70, 100))):
         alone = batch["images"][b:b + 1, :, :height, :width]
-        pixels = torchvision.transforms.functional.normalize(alone / 255, IMAGE_MEAN, IMAGE_STD)
         outputs.clear()
-        last = theirs(pixels)
+        last = theirs(normalised(alone))
         states = theirs.model.decoder.layernorm(torch.stack(outputs))  # (6, 1, 100, 256)
         logits = theirs.class_labels_classifier(states)[..., columns]
         assert logits.std() > 0.1
@@ -224,11 +156,10 @@ def test_sentence_embedding_equals_transformers_bert():
     close(model.sentence(tokens), bert(tokens))
 
 
-@pytest.mark.parametrize("kind", ["r18", "r50"])
-def test_frozen_resnet_and_its_gradients_equal_torchvisions(tmp_path, kind):
+def test_frozen_resnet_and_its_gradients_equal_torchvisions(tmp_path):
+    """Folding the norm into the weights must not change what the weights learn."""
     torch.manual_seed(1)
-    resnet = torchvision.models.get_model(model_module.BACKBONES[kind],
-                                          norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    resnet = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
     for name, buffer in resnet.named_buffers():
         if "var" in name or "weight" in name:
             buffer.uniform_(0.5, 1.5)
@@ -237,18 +168,17 @@ def test_frozen_resnet_and_its_gradients_equal_torchvisions(tmp_path, kind):
     resnet.bn1.running_var[:3] = torch.tensor([0.0, 1e-12, 1e-5])  # filters that have died
     resnet.eval().double()  # in float32 a unit near zero may be on here and off there
     torch.save(resnet.state_dict(), tmp_path / "weights.pth")
-    backbone = small_model(stride=32, backbone=kind).backbone.double()
+    backbone = small_model(stride=32).backbone.double()
     backbone.load_weights(str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
-    pixels = torchvision.transforms.functional.normalize(images / 255, IMAGE_MEAN, IMAGE_STD)
-    c5 = create_feature_extractor(resnet, {"layer4": "c5"})(pixels.double())["c5"]
+    pixels = normalised(images).double()
+    c5 = create_feature_extractor(resnet, {"layer4": "c5"})(pixels)["c5"]
     grid, mask = backbone(images, torch.tensor([[70, 90]] * 2))
     expected = F.conv2d(c5, backbone.project.weight.detach(), backbone.project.bias.detach())
     scale = float(expected.detach().std())
     torch.testing.assert_close(grid, expected, rtol=1e-4, atol=1e-5 * scale)
     assert mask.shape == (2, 3, 3) and mask.all()
 
-    # Folding the norm into the weights must not change what the weights learn
     grid.square().sum().backward()
     expected.square().sum().backward()
     theirs = dict(resnet.named_parameters())
@@ -286,20 +216,43 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_anything_else(fro
     assert less < (0.8 if frozen else 0.95) * memory  # batch norm that trains is not recomputed
 
 
+def test_the_stem_stays_as_it_is_and_keeps_nothing_for_the_backward_pass():
+    model = small_model(train_stem=False).train()
+    batch = small_batch()
+    inputs = []
+    model.backbone.resnet.layer2[0].register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    loss, _ = pretraining_loss(model, batch)
+    loss.backward()
+    assert not inputs[0].requires_grad
+    stem = [model.backbone.resnet.conv1, model.backbone.resnet.layer1]
+    assert all(p.grad is None for module in stem for p in module.parameters())
+    assert model.backbone.resnet.layer2[0].conv1.weight.grad.abs().sum() > 0
+    for changes in ({"train_stem": True}, {"train_stem": False, "frozen_batch_norm": False}):
+        model = small_model(**changes)
+        assert all(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_a_batch_of_one_cell_with_batch_norm_in_training_is_one_line():
+    model = small_model(frozen_batch_norm=False).train()
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(InputError, match="one cell of 16: batch norm has nothing to train on"):
+        model.encode_image(images, torch.tensor([[16, 16]]))
+
+
 # --------------------------------------------------------------------------------------------------
 # Padding
 
 
 def all_outputs(model, batch):
     """Everything the model says of a batch, the image as the first dimension."""
-    B, K, T = batch["tokens"].shape
+    B, K, _ = batch["tokens"].shape
     grid = image_memory(model, batch)
     images = torch.arange(B).repeat_interleave(K)
     joint = model.encode(grid.select(images), batch["tokens"].flatten(0, 1))
     alone = model.encode(grid)
-    is_word = batch["tokens"][..., None] != 0  # nobody looks at the states of padding
+    is_word = batch["tokens"][..., :7, None] != 0  # nobody looks at the states of padding
     caption = model.decode_caption(alone, batch["captions"].flatten(0, 1))
-    out = {"words": joint.states[:, :T].unflatten(0, (B, K)) * is_word,
+    out = {"words": joint.states[:, :7].unflatten(0, (B, K)) * is_word,
            "itm": model.itm(joint.states[:, 0]).unflatten(0, (B, K)),
            "caption": caption.unflatten(0, (B, K))}
     for name, memory in (("with", model.encode(grid, batch["tokens"][:, 0])), ("without", alone)):
@@ -312,31 +265,17 @@ def all_outputs(model, batch):
 @pytest.mark.parametrize("stride,frozen,recompute", [
     (16, True, False), (32, True, True), (16, False, False)])
 def test_an_image_does_not_depend_on_its_batch(stride, frozen, recompute):
+    """Nor on how far its pixels and its sentences of at most 7 words are padded there."""
     model = small_model(stride=stride, frozen_batch_norm=frozen)
     model.recompute = recompute
     batch = small_batch(((64, 80), (37, 96), (61, 33)))
-    together = all_outputs(model, batch)
+    together = all_outputs(model, {**batch, "tokens": F.pad(batch["tokens"], (0, 4))})
     for b, (h, w) in enumerate(batch["sizes"].tolist()):
         alone = {key: batch[key][b:b + 1] for key in ("sizes", "tokens", "captions")}
         alone |= {"images": batch["images"][b:b + 1, :, :h, :w], "padded": False}
         for name, expected in all_outputs(model, alone).items():
             torch.testing.assert_close(together[name][b:b + 1], expected, rtol=1e-4, atol=1e-4,
                                        msg=lambda text, name=name: f"{name}: {text}")
-
-
-@torch.no_grad()
-def test_padded_pixels_and_words_change_nothing():
-    model, batch = small_model(), small_batch()
-    before = all_outputs(model, batch)
-    longer = all_outputs(model, {**batch, "tokens": F.pad(batch["tokens"], (0, 4))})
-    longer["words"] = longer["words"][:, :, :7]
-    for row, (h, w) in zip(batch["images"], batch["sizes"].tolist()):
-        row[:, h:] = 255
-        row[:, :, w:] = 99
-    noisy = all_outputs(model, batch)
-    for name in before:
-        assert torch.equal(noisy[name], before[name])
-        close(longer[name], before[name])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,30 +307,6 @@ def test_one_pass_of_pretraining_equals_a_pass_for_each_image_and_sentence():
 
 
 @torch.no_grad()
-def test_a_statement_is_classified_from_its_two_images():
-    model = small_model(classifier_images=2, classifier_outputs=2)
-    batch = small_batch(((64, 64),) * 6)
-    grid, tokens = image_memory(model, batch), batch["tokens"][:3, 0]
-    found = model.classify(grid, tokens)  # the left images are 0, 1, 2, the right ones 3, 4, 5
-    for n in range(3):
-        left, right = (model.encode(grid.select(torch.tensor([i])), tokens[n:n + 1]).states[0, 0]
-                       for i in (n, n + 3))
-        close(found[n], model.classifier(torch.cat([left, right])))
-
-
-@torch.no_grad()
-def test_similarity_is_the_log_odds_of_belonging_together_in_full_precision():
-    model, batch = small_model(), small_batch()
-    grid, tokens = image_memory(model, batch), batch["tokens"][:, 0]
-    close(model.encode_cls(grid, tokens), model.encode(grid, tokens).states[:, 0])
-    probability = model.itm(model.encode_cls(grid, tokens)).softmax(-1)[:, 1]
-    close(model.similarity(grid, tokens).sigmoid(), probability)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model.similarity(grid, tokens)
-    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
-
-
-@torch.no_grad()
 def test_a_later_word_of_a_caption_never_changes_an_earlier_output():
     model, batch = small_model(), small_batch()
     alone, words = model.encode(image_memory(model, batch)), torch.randint(5, 50, (3, 9))
@@ -404,32 +319,20 @@ def test_a_later_word_of_a_caption_never_changes_an_earlier_output():
         assert not torch.allclose(after[:, t:], before[:, t:])
 
 
-def test_bf16_stays_near_and_boxes_are_computed_in_float32():
+@torch.no_grad()
+def test_boxes_and_similarity_are_computed_in_float32_beside_bf16():
+    """Else edges would be a pixel off, and thousands of pairs alike."""
     model, batch = small_model(), small_batch()
-    exact, exact_losses = pretraining_loss(model, batch)
+    grid, tokens = image_memory(model, batch), batch["tokens"][:, 0]
+    probability = model.itm(model.encode(grid, tokens).states[:, 0]).softmax(-1)[:, 1]
+    close(model.similarity(grid, tokens).sigmoid(), probability)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, losses = pretraining_loss(model, batch)
+        similarity = model.similarity(grid, tokens)
         memory = model.encode(image_memory(model, batch))
         states, boxes = model.decode_objects(memory), model.detect(memory)["boxes"]
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    for name in losses:  # a number of bf16 has a relative error of 2^-8
-        torch.testing.assert_close(losses[name], exact_losses[name], rtol=0.05, atol=0.01)
+    assert not torch.equal(similarity, similarity.bfloat16().float())
     assert states.dtype == torch.bfloat16
     close(boxes, model.box(states.float()).sigmoid())
-
-
-def test_a_batch_with_nothing_in_it_has_finite_losses_and_gradients():
-    """All sentences are padding, nothing is masked, no object, and one image has a single pixel."""
-    model, batch = small_model(), small_batch(((48, 33), (1, 1), (32, 48)))
-    batch |= {key: torch.zeros_like(batch[key]) for key in ("tokens", "captions")}
-    batch |= {key: batch[key][:0] for key in ("mlm_positions", "mlm_labels")}
-    for target in batch["targets"]:
-        target.update({k: v[:0] for k, v in target.items() if k != "source"})
-    loss, losses = pretraining_loss(model, batch)
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    assert {name for name, value in losses.items() if value > 0} == {"loss_itm", "loss_class"}
 
 
 @torch._dynamo.config.patch(recompile_limit=64)  # as pretrain.py has it
@@ -445,14 +348,14 @@ def test_compilation_traces_whole_graphs_and_few_of_them():
     model = small_model(encoder_layers=1, decoder_layers=1, frozen_batch_norm=True)
     traced = torch.compile(model, backend=backend, fullgraph=True)
     rng = random.Random(0)
-    for n in range(20):
+    for n in range(10):
         sizes = [(rng.randrange(64, 160), rng.randrange(64, 160)) for _ in range(2)]
         if n % 5 == 0:
             sizes[1] = sizes[0]
         batch = small_batch(sizes, T=rng.randrange(5, 12), seed=n)
         close(traced(batch)["itm"], model(batch)["itm"])
     # Before torch 2.14 even and odd sides are traced apart
-    assert len(graphs) <= (6 if torch.__version__ >= "2.14" else 64)
+    assert len(graphs) <= (5 if torch.__version__ >= "2.14" else 64)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -541,51 +444,31 @@ def test_a_checkpoint_holds_all_that_is_needed(tmp_path):
     assert torch.equal(again(small_batch())["itm"], small_model(queries=9)(small_batch())["itm"])
 
 
-def half_written(state, file):
-    file.write(b"half")
-
-
-def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["torch.save", "os.fsync"])
+def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, place):
     path = saved(tmp_path / "model.pt")
     before = path.read_bytes()
 
-    def full(state, file):
-        half_written(state, file)
+    def full(*inputs):
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(model_module.torch, "save", full)
+    monkeypatch.setattr(place, full)
     assert "cannot be written (disk full)" in refusal(path, saved)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
 
 
-def test_a_killed_save_leaves_the_old_checkpoint_whole(tmp_path):
-    path = saved(tmp_path / "model.pt")
-    before = path.read_bytes()
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            model_module.torch.save = half_written
-            os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # before the new name
-            saved(path)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert path.read_bytes() == before
-
-
 class Program:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
+    """Makes a folder when it is unpickled."""
 
     def __reduce__(self):
-        return open, (self.path, "w")
+        return os.mkdir, ("ran",)
 
 
-def test_a_checkpoint_cannot_run_a_program(tmp_path):
-    torch.save({"format": Program(str(tmp_path / "ran"))}, tmp_path / "x.pt")
-    assert "not a PyTorch file, or damaged" in refusal(tmp_path / "x.pt")
-    assert os.listdir(tmp_path) == ["x.pt"]
+def test_a_checkpoint_cannot_run_a_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Program()}, "x.pt")
+    assert "not a PyTorch file, or damaged" in refusal("x.pt")
+    assert os.listdir() == ["x.pt"]
 
 
 def test_a_flipped_byte_is_noticed(tmp_path):
@@ -597,23 +480,15 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content,says", [
-    (None, "no such file"), ([1, 2], "holds a list"),
-    ({"weight": torch.zeros(1)}, "not a checkpoint of this version"),
-    ({"format": "e2e-vlp 1"}, "its format is e2e-vlp 1")])
+    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this version")])
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, says):
-    path = tmp_path / "x.pt"
-    if content is not None:
-        torch.save(content, path)
-    assert says in refusal(path)
+    torch.save(content, tmp_path / "x.pt")
+    assert says in refusal(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("change", [
-    lambda state: state["model"].pop("mlm_bias"),
-    lambda state: state["model"].update(mlm_bias=torch.zeros(3)),
-    lambda state: setattr(state["config"], "backbone", "r7")])
-def test_weights_that_do_not_fit_their_configuration_are_one_line(tmp_path, change):
+def test_weights_that_do_not_fit_their_configuration_are_one_line(tmp_path):
     state = load_checkpoint(str(saved(tmp_path / "x.pt")))
-    change(state)
+    state["model"].pop("mlm_bias")
     said = refusal(tmp_path / "x.pt", functools.partial(build_model, state))
     assert "its weights do not fit its configuration" in said
 
@@ -624,62 +499,38 @@ def test_loading_for_another_stage_names_what_does_not_fit():
     state["mlm_bias"].fill_(7)
     del state["itm.0.weight"]
     load_pretrained(model, state, said.append)
-    loaded = {name: count_parameters(part) for name, part in model.named_children()
-              if name not in ("query_positions", "decoder_norm")}
-    loaded = {"mlm_bias": 50, **loaded, "itm": loaded["itm"] - 1024}
-    assert [line.split(": ") for line in said] == [
-        ["  of another shape in the checkpoint, starts anew", "query_positions.weight"],
-        ["  not in the checkpoint, starts anew", "itm.0.weight"],
-        ["  in the checkpoint but not used", "extra.weight"],
-        ["  parameters from the checkpoint", ", ".join(f"{k} {v:,}" for k, v in loaded.items())],
-        ["  parameters that start anew", "query_positions 288, itm 1,024"]]
+    assert [*said[:3], said[4]] == [
+        "  of another shape in the checkpoint, starts anew: query_positions.weight",
+        "  not in the checkpoint, starts anew: itm.0.weight",
+        "  in the checkpoint but not used: extra.weight",
+        "  parameters that start anew: query_positions 288, itm 1,024"]
+    assert "parameters from the checkpoint: mlm_bias 50, " in said[3]
     assert (model.mlm_bias == 7).all()
 
 
-def test_detrs_weights_are_those_of_a_detector_of_cocos_classes(detr):
-    state = load_checkpoint(detr)
-    names = state["names"]["coco"]
-    assert len(names) == 80 and (names[0], names[11], names[-1]) == (
-        "person", "stop sign", "toothbrush")
-    assert state["config"] == Config(
-        backbone="r18", width=64, heads=2, feed_forward=96, encoder_layers=2, decoder_layers=2,
-        queries=8, activation="relu", decoder_norm=True, detr_positions=True, classes={"coco": 80},
-        attributes=1, task="detection", vocabulary=5, pad=0, cls=2, sep=3, mask=4)
-
-
-@pytest.mark.parametrize("missing", [
-    "transformer.decoder.norm.weight", "transformer.encoder.layers.1.self_attn.in_proj_bias",
-    "backbone.0.body.layer2.0.conv1.weight", "input_proj.weight", "query_embed.weight",
-    "class_embed.bias", "bbox_embed.layers.2.bias"])
-def test_detrs_weights_that_lack_a_tensor_are_one_line(detr, tmp_path, missing):
+@pytest.mark.parametrize("name,change,says", [
+    ("cut.pth", lambda w: w.pop("transformer.decoder.norm.weight"), "decoder_norm.weight is miss"),
+    ("cut.pth", lambda w: w.pop("query_embed.weight"), "query_embed.weight"),
+    ("more.pth", lambda w: w.update({"more": torch.zeros(64)}), "more is missing or unknown"),
+    ("panoptic.pth", lambda w: w.update({"class_embed.bias": torch.zeros(251)}), "not COCO's"),
+    # DC5's tensors are named and shaped alike: only the file's name tells
+    ("detr-r50-dc5-f0fb7ef5.pth", lambda w: None, "DC5")])
+def test_another_detr_is_one_line(detr, tmp_path, name, change, says):
     state = torch.load(detr, weights_only=True)
-    del state["model"][missing]
-    torch.save(state, tmp_path / "x.pth")
-    assert f"it lacks {missing}" in refusal(tmp_path / "x.pth")
+    change(state["model"])
+    torch.save(state, tmp_path / name)
+    assert says in refusal(tmp_path / name)
 
 
-def test_another_detr_is_one_line(detr, tmp_path):
-    """DC5's tensors are named and shaped alike: only the file's name tells."""
-    state = torch.load(detr, weights_only=True)
-    torch.save(state, tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
-    assert "DC5" in refusal(tmp_path / "detr-r50-dc5-f0fb7ef5.pth")
-    weights = state["model"]
-    norm = {"transformer.encoder.norm.weight": torch.zeros(64)}
-    torch.save({"model": {**weights, **norm}}, tmp_path / "pre-norm.pth")
-    assert "transformer.encoder.norm.weight is not" in refusal(tmp_path / "pre-norm.pth")
-    weights["class_embed.weight"] = torch.zeros(251, 64)
-    weights["class_embed.bias"] = torch.zeros(251)
-    torch.save(state, tmp_path / "panoptic.pth")
-    assert "its class head has 251 outputs" in refusal(tmp_path / "panoptic.pth")
+def test_a_missing_file_of_detrs_weights_says_where_to_download_it(tmp_path):
     said = refusal(tmp_path / "detr-r101.pth")
     assert "no such file; download https://" in said and "r101" in said and "232 MB" in said
 
 
-def test_backbone_weights_that_are_missing_or_of_something_else_are_one_line(tmp_path):
-    load = small_model().backbone.load_weights
-    assert "no such file" in refusal(tmp_path / "r18.pth", load)
+def test_backbone_weights_of_something_else_are_one_line(tmp_path):
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    assert "not weights of resnet18" in refusal(tmp_path / "other.pth", load)
+    said = refusal(tmp_path / "other.pth", small_model().backbone.load_weights)
+    assert "not weights of resnet18" in said
 
 
 def test_imagenet_weights_without_network_say_what_to_download(monkeypatch, tmp_path):
@@ -688,102 +539,42 @@ def test_imagenet_weights_without_network_say_what_to_download(monkeypatch, tmp_
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match="download https://.*resnet18-.*--backbone-weights"):
         small_model().backbone.load_weights("imagenet")
-    said = str(error.value)
-    assert "download https://" in said and "resnet18-" in said and "--backbone-weights" in said
-    assert "\n" not in said
 
 
 # --------------------------------------------------------------------------------------------------
 # The walk
 
-T, D, HEADS, FORWARD, V, Q, L = 9, 256, 12, 1024, 30522, 100, 6
-
-
-def linear(n, a, b):
-    """FLOPs from n rows of a numbers to n rows of b numbers: a multiply-add is two."""
-    return 2 * n * a * b
-
-
-def attention(n, keys):
-    inner = HEADS * 32
-    projections = linear(n, D, inner) + 2 * linear(keys, D, inner) + linear(n, inner, D)
-    return projections + 2 * (2 * n * keys * inner)  # scores, and the mixture of values
-
-
-def feed_forward(n):
-    return linear(n, D, FORWARD) + linear(n, FORWARD, D)
-
-
-def encoder(n):
-    return 2 * (attention(n, n) + feed_forward(n))
-
-
-def decoder(n, keys):
-    return L * (attention(n, n) + attention(n, keys) + feed_forward(n))
-
 
 def test_the_walks_shapes_flops_and_parameters_by_hand():
-    """Of an image whose sides are no multiples of the stride."""
+    """Of 9 words and an image of 3 x 4 cells, whose sides are no multiples of the stride."""
     config = Config(backbone="r18", encoder_layers=2)
-    rows = walk(config, 70, 101, T)
-    S = 3 * 4
-    expected = [
-        ("pixels", (1, 3, 70, 101), 0),
-        ("ResNet stem", (1, 64, 18, 26), 2 * 64 * 3 * 7 * 7 * 35 * 51),
-        ("ResNet layer1", (1, 64, 18, 26), 4 * 2 * 64 * 64 * 3 * 3 * 18 * 26),
-        ("ResNet layer2", (1, 128, 9, 13), 2 * 128 * 9 * 13 * (64 * 9 + 3 * 128 * 9 + 64)),
-        ("ResNet layer3", (1, 256, 5, 7), 2 * 256 * 5 * 7 * (128 * 9 + 3 * 256 * 9 + 128)),
-        ("ResNet layer4", (1, 512, 3, 4), 2 * 512 * 3 * 4 * (256 * 9 + 3 * 512 * 9 + 256)),
-        ("1x1 projection to D = 256", (1, D, 3, 4), linear(S, 512, D)),
-        ("sine positions", (1, S, D), 0),
-        ("sentence embedding", (1, T, D), 0),
-        ("encoder, 2 layers: words and grid", (1, T + S, D), encoder(T + S)),
-        ("MLM head, masked words: 1 (shared)", (1, V), linear(1, D, D) + linear(1, D, V)),
-        ("ITM head", (1, 2), linear(1, D, D) + linear(1, D, 2)),
-        ("encoder, 2 layers: grid (shared)", (1, S, D), encoder(S)),
-        ("decoder, 6 layers: queries", (L, 1, Q, D), decoder(Q, T + S)),
-        ("class head, coco", (L, 1, Q, 81), linear(L * Q, D, 81)),
-        ("class head, vg", (L, 1, Q, 1601), linear(L * Q, D, 1601)),
-        ("box head", (L, 1, Q, 4), 2 * linear(L * Q, D, D) + linear(L * Q, D, 4)),
-        ("attribute head", (L, 1, Q, 400), linear(L * Q, D, 400)),
-        ("sentence embedding (shared)", (1, T - 1, D), 0),
-        ("decoder, 6 layers: words (shared)", (1, T - 1, D), decoder(T - 1, S)),
-        ("caption head", (1, T - 1, V), linear(T - 1, D, V))]
-    assert [(step, shape, flops) for step, shape, _, flops, _, _ in rows] == expected
+    rows = walk(config, 70, 101, 9)
+    found = {step: (shape, flops) for step, shape, _, flops, _, _ in rows}
+    T, S, D, inner, V, Q = 9, 12, 256, 12 * 32, 30522, 100
+
+    def attention(n, keys):  # queries and output, keys and values; scores and mixture
+        return 2 * n * D * inner + 2 * keys * D * inner + 2 * n * keys * inner
+
+    def feed_forward(n):
+        return 2 * n * D * 1024
+
+    # Multiply-adds, of which each is two FLOPs
+    expected = {
+        "pixels": ((1, 3, 70, 101), 0),
+        "ResNet layer1": ((1, 64, 18, 26), 4 * 64 * 64 * 3 * 3 * 18 * 26),
+        "1x1 projection to D = 256": ((1, D, 3, 4), S * 512 * D),
+        "encoder, 2 layers: words and grid": (
+            (1, T + S, D), 2 * (attention(T + S, T + S) + feed_forward(T + S))),
+        "MLM head, masked words: 1 (shared)": ((1, V), D * D + D * V),
+        "decoder, 6 layers: queries": (
+            (6, 1, Q, D), 6 * (attention(Q, Q) + attention(Q, T + S) + feed_forward(Q))),
+        "class head, coco": ((6, 1, Q, 81), 6 * Q * D * 81),
+        "caption head": ((1, T - 1, V), (T - 1) * D * V)}
+    for step, (shape, multiply_adds) in expected.items():
+        assert found[step] == (shape, 2 * multiply_adds), step
     with torch.device("meta"):
         assert sum(row[2] for row in rows) == count_parameters(E2EVLP(config))
     for row in rows:
         functools.reduce(getattr, row[4].split("."), model_module)  # each name is there
-
-
-def test_the_stem_stays_as_it_is_and_keeps_nothing_for_the_backward_pass():
-    model = small_model(train_stem=False).train()
-    batch = small_batch()
-    inputs = []
-    model.backbone.resnet.layer2[0].register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    loss, _ = pretraining_loss(model, batch)
-    loss.backward()
-    assert not inputs[0].requires_grad
-    stem = [model.backbone.resnet.conv1, model.backbone.resnet.layer1]
-    assert all(p.grad is None for module in stem for p in module.parameters())
-    assert model.backbone.resnet.layer2[0].conv1.weight.grad.abs().sum() > 0
-    for changes in ({"train_stem": True}, {"train_stem": False, "frozen_batch_norm": False}):
-        model = small_model(**changes)
-        assert all(p.requires_grad for p in model.backbone.parameters())
-
-
-def test_queries_begin_as_places_of_a_grid():
-    """Ten queries of a 4 x 4 grid; no two are alike."""
-    positions = E2EVLP(Config(backbone="r18", queries=10)).query_positions.weight
-    grid = sine_positions(torch.ones(1, 4, 4, dtype=torch.bool), 256)[0]
-    close(positions.detach(), grid[:10])
-    assert torch.cdist(positions, positions).fill_diagonal_(9).min() > 0.5
-
-
-def test_a_batch_of_one_cell_with_batch_norm_in_training_is_one_line():
-    model = small_model(frozen_batch_norm=False).train()
-    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(InputError, match="one cell of 16: batch norm has nothing to train on"):
-        model.encode_image(images, torch.tensor([[16, 16]]))

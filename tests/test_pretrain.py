@@ -5,27 +5,23 @@ two processes; rates and schedules; resume that is exact bit for bit, after sign
 stops a run, in one line; flags.
 """
 
-import inspect
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from conftest import ROOT, TINY, run_command, small_batch, small_model
+from conftest import TINY, run_command, run_ranks, small_batch, small_model
 from drill import differences, result
 from PIL import Image
 from torch import nn
 
+import evaluate
 import finetune
 import pretrain
 import shapes
@@ -38,15 +34,13 @@ DRAWS = ["--schedule", "step", "--dropout", "0.1", "--short-sides", "48", "64", 
          "--micro-batch", "2", "--val-pictures", "2", "--val-every", "3", "--steps", "5",
          "--checkpoint-minutes", "0"]
 LOSSES = ("mlm", "itm", "caption", "class", "bbox", "giou", "attribute", "grid_word")
-BROKEN = b"\xff\xd8\xff half an image"
 
 
 def log(folder):
     """(lines of training, lines of validation)"""
     lines = ([], [])
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        for line in map(json.loads, file):
-            lines["loss" not in line].append(line)
+    for line in map(json.loads, Path(folder, "log.jsonl").read_text().splitlines()):
+        lines["loss" not in line].append(line)
     return lines
 
 
@@ -83,44 +77,9 @@ def signal_after(step, number):
 def no_image_decodes():
     """In this process alone."""
     def fail(dataset, key):
-        raise InputError("a.jpg: cannot be decoded")
+        raise InputError("a.jpg: cannot be read")
 
     pretrain.PretrainingSet.__getitem__ = fail
-
-
-def _become_rank(words, files, environment, prepare):
-    os.setsid()
-    prepare[0](*prepare[1:])
-    conftest._work(words[0], words[1:], ROOT, environment, files)
-
-
-def run_ranks(*words, ranks=2, last=(int,), timeout=900):
-    """Run a command as so many processes, without torchrun: their [CompletedProcess].
-
-    last: a function, and its arguments, that is called in the last of them before it starts.
-    """
-    words = list(map(str, words))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, done = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in range(ranks):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            files = [os.devnull, f"{folder}/out{rank}", f"{folder}/err{rank}"]
-            prepare = last if rank == ranks - 1 else (int,)
-            processes.append(conftest.FORKS.Process(
-                target=_become_rank, args=(words, files, environment, prepare)))
-            processes[-1].start()
-        for rank, process in enumerate(processes):
-            process.join(timeout)
-            if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-            texts = [Path(f"{folder}/{name}{rank}").read_text() for name in ("out", "err")]
-            done.append(subprocess.CompletedProcess(words, process.exitcode, *texts))
-    return done
 
 
 @pytest.fixture(autouse=True)
@@ -152,18 +111,15 @@ def finished(whole, tmp_path):
 @pytest.fixture
 def copy(world, tmp_path):
     """The world, to break."""
-    shutil.copytree(world, tmp_path / "world")
-    return tmp_path / "world"
+    return Path(shutil.copytree(world, tmp_path / "world"))
 
 
-def break_images(copy, n=None):
-    """Every other image, n of them, or all."""
-    folder = copy / "coco" / "train2017"
-    names = sorted(os.listdir(folder))
-    names = names if n is None else names[:2 * n:2]
-    for name in names:
-        (folder / name).write_bytes(BROKEN)
-    return names
+def break_images(copy, which=slice(None)):
+    """Some of COCO's images, or all: their paths."""
+    paths = sorted((copy / "coco/train2017").iterdir())[which]
+    for path in paths:
+        path.write_bytes(b"\xff\xd8\xff half an image")
+    return paths
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,12 +137,10 @@ def test_a_run_writes_its_log_checkpoint_curves_and_sheet(whole):
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         assert line["epoch"] == line["step"] / 8  # 64 images in batches of 8
         assert {"lr", "lr_backbone", "grad_norm", "pictures_per_second", "seconds"} <= set(line)
-        assert line["broken"] == 0
 
     assert [line["step"] for line in validations] == [3, 5]
-    for name in ("mlm_accuracy", "mlm_accuracy_visual", "itm_accuracy", "itm_accuracy_foil", "AP",
-                 "AP50", "AP_no_sentence", "AP50_no_sentence", "attribute_accuracy",
-                 "caption_objects"):
+    for name in ("mlm_accuracy_visual", "itm_accuracy_foil", "AP50", "AP50_no_sentence",
+                 "attribute_accuracy", "caption_objects"):
         for line in validations:
             assert 0 <= line[f"val_{name}"] <= 1 and 0 <= line[f"blind_{name}"] <= 1
     seen, blind = (validations[-1][f"{kind}_itm_accuracy"] for kind in ("val", "blind"))
@@ -209,11 +163,6 @@ def test_mini_writes_the_world_if_it_is_not_there(tmp_path, monkeypatch, capsys)
     assert len(log(tmp_path / "out")[0]) == 1
 
 
-def test_one_short_loop_trains_both_stages():
-    assert len(inspect.getsource(pretrain.train).splitlines()) <= 100
-    assert finetune.train is pretrain.train
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -227,9 +176,8 @@ def minus_log_p(logits, answer):
 
 def test_losses_equal_slow_loops_in_float64():
     model, batch = small_model(), small_batch()
-    cells = [0, 7, 3]  # of three objects; the second has two words, the last none
-    batch["object_cells"] = torch.tensor(cells)
-    batch["word_objects"] = torch.tensor([0, 1, 1])
+    batch["object_cells"] = torch.tensor([0, 7, 3])  # of three objects
+    batch["word_objects"] = torch.tensor([0, 1, 1])  # the second has two words, the last none
     batch["word_pieces"] = torch.tensor([9, 20, 21])
     batch["word_weights"] = torch.tensor([1.0, 0.5, 0.5])
     objective = pretrain.Pretraining(model)
@@ -275,10 +223,8 @@ def test_weights_of_the_losses():
     papers = {"loss_mlm": 1, "loss_itm": 1, "loss_caption": 1, "loss_class": 1, "loss_bbox": 5,
               "loss_giou": 2, "loss_attribute": 1, "loss_grid_word": 0}
     assert pretrain.loss_weights() == papers
-    changed = pretrain.loss_weights([("loss_mlm", 3), ("loss_giou", 0.5)], grid_word=4)
-    assert changed == {**papers, "loss_mlm": 3, "loss_giou": 0.5, "loss_grid_word": 4}
-    without = pretrain.loss_weights(without=["attributes"], grid_word=4)
-    assert without == {**papers, "loss_attribute": 0, "loss_grid_word": 4}
+    without = pretrain.loss_weights([("loss_mlm", 3)], without=["attributes"], grid_word=4)
+    assert without == {**papers, "loss_mlm": 3, "loss_attribute": 0, "loss_grid_word": 4}
     nothing = pretrain.loss_weights(without=["mlm", "itm", "detection", "caption"], grid_word=4)
     assert set(nothing.values()) == {0}
 
@@ -286,10 +232,6 @@ def test_weights_of_the_losses():
 def test_what_is_left_out_learns_nothing(world, tmp_path):
     flags = ["--without", "detection", "caption", "--steps", "1"]
     assert pretrain.main([*TINY, *flags, "--data", world, "--output", str(tmp_path)]) == 0
-    (line,), _ = log(tmp_path)
-    weights = dict(pretrain.MINI["loss_weights"])
-    total = sum(weights[name] * line[name] for name in ("loss_mlm", "loss_itm"))
-    assert line["loss"] == pytest.approx(total, rel=1e-6)
     state = load_checkpoint(f"{tmp_path}/last.pt")
     names = [name for name in state["model"] if "backbone.resnet" not in name]
     moments = {name: float(value["exp_avg"].abs().sum())
@@ -326,12 +268,17 @@ def same_step(folder, one_step):
     (line,), (one_line,) = lines[0], one_lines[0]
     for name in ("loss", "grad_norm", *(f"loss_{name}" for name in LOSSES)):
         assert line[name] == pytest.approx(one_line[name], rel=1e-5), name
-    return lines[1], one_lines[1]
 
 
-def test_micro_batches_take_the_same_step(step_flags, one_step, tmp_path):
-    printed = ok(run_command(*step_flags, "--output", tmp_path, "--micro-batch", "1"))
-    assert "batch 4 = 1 process(es) x 4 accumulation step(s) x 1 images" in printed
+@pytest.mark.parametrize("launch,flags,says", [
+    ((), [], "batch 4 = 1 process(es) x 4 accumulation step(s) x 1 images"),
+    (TORCHRUN, ["--activation-checkpointing"],
+     "batch 4 = 2 process(es) x 2 accumulation step(s) x 1 images")])
+def test_micro_batches_take_the_same_step(launch, flags, says, step_flags, one_step, tmp_path):
+    """On one process, and on two, of which only the first prints."""
+    printed = ok(run_command(*step_flags, "--output", tmp_path, "--micro-batch", "1", *flags,
+                             launch=launch))
+    assert printed.count(says) == 1
     same_step(tmp_path, one_step)
 
 
@@ -339,16 +286,9 @@ def test_two_processes_take_the_same_step_and_measure_the_same(step_flags, one_s
     for done in run_ranks(*step_flags, "--output", tmp_path):
         ok(done)
         assert done.stderr == ""
-    (measured,), (expected,) = same_step(tmp_path, one_step)
-    assert measured == pytest.approx(expected, abs=1e-6)
-
-
-def test_torchrun_with_micro_batches_and_activation_checkpointing(step_flags, one_step, tmp_path):
-    printed = ok(run_command(*step_flags, "--output", tmp_path, "--micro-batch", "1",
-                             "--activation-checkpointing", launch=TORCHRUN))
-    # Only the first process prints
-    assert printed.count("batch 4 = 2 process(es) x 2 accumulation step(s) x 1 images") == 1
     same_step(tmp_path, one_step)
+    (measured,), (expected,) = log(tmp_path)[1], one_step[1][1]
+    assert measured == pytest.approx(expected, abs=1e-6)
 
 
 def test_bf16_takes_nearly_the_same_step(step_flags, one_step, tmp_path):
@@ -391,19 +331,17 @@ def args_of(*words):
 
 
 def test_schedules_are_functions_of_step_and_progress():
-    def rate(args, step, progress):
-        return pretrain.rate_factor(args, pretrain.last_third, step, progress)
+    def rates(args, *moments):
+        return [pretrain.rate_factor(args, step, progress) for step, progress in moments]
 
-    args = args_of()
-    assert [rate(args, 10**6, progress) for progress in (0, 0.66, 0.67, 1)] == [1, 1, 0.1, 0.1]
+    moments = [(10**6, progress) for progress in (0, 0.66, 2 / 3, 1)]
+    assert rates(args_of(), *moments) == pytest.approx([1, 1, 0.1, 0.1])
+    moments = [(0, 0.0), (9, 0.0), (100, 1 / 3), (100, 1.2)]  # --minutes may be passed
     args = args_of("--schedule", "cosine", "--warmup", "10")
-    assert rate(args, 0, 0.0) == pytest.approx(0.1)  # the first of ten steps of warm-up
-    assert rate(args, 9, 0.0) == pytest.approx(1.0)
-    assert rate(args, 100, 1 / 3) == pytest.approx(0.75)
-    assert rate(args, 100, 1.2) == pytest.approx(0.0)  # --minutes may be passed
+    assert rates(args, *moments) == pytest.approx([0.1, 1, 0.75, 0])
 
 
-def test_the_papers_settings_are_the_defaults():
+def test_the_papers_settings_are_the_defaults_and_mini_is_others():
     args = args_of("--backbone", "r152", "--data", "DIR")
     expected = dict(
         batch_size=32, epochs=200, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4,
@@ -413,13 +351,9 @@ def test_the_papers_settings_are_the_defaults():
         loss_weights=[], no_object_weight=None, train_stem=False)
     assert {key: getattr(args, key) for key in expected} == expected
 
-
-def test_mini_is_other_defaults_and_given_flags_win():
-    args = args_of("--mini", "--backbone", "r34", "--minutes", "3")
+    args = args_of("--mini", "--backbone", "r34", "--minutes", "3")  # a given flag wins
     expected = {**pretrain.MINI, "backbone": "r34", "minutes": 3}
     assert {key: getattr(args, key) for key in expected} == expected
-    some = {"width": 128, "stride": 16, "epochs": 40, "minutes": 18.5, "short_sides": [64]}
-    assert some.items() <= pretrain.MINI.items()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,15 +381,20 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(
 
 
 def test_a_killed_run_ends_as_one_that_never_stopped(whole, world, tmp_path):
-    """Killed when step 4 is in the log and not yet in the checkpoint, with a half-written line."""
-    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", tmp_path]
-    (done,) = run_ranks(*flags, ranks=1, last=(signal_after, 4, signal.SIGKILL))
-    assert done.returncode == -signal.SIGKILL
+    """Killed before the first checkpoint; then when step 4 is in the log and not yet in the
+    checkpoint, with a half-written line. Once it has ended, the same command changes nothing.
+    """
+    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", tmp_path, "--resume",
+             "auto"]
+    (done,) = run_ranks(*flags, ranks=1, last=(signal_after, 1, signal.SIGKILL))
+    assert done.returncode == -signal.SIGKILL and os.listdir(tmp_path) == ["log.jsonl"]
+    run_ranks(*flags, ranks=1, last=(signal_after, 4, signal.SIGKILL))
     assert load_checkpoint(f"{tmp_path}/last.pt")["step"] == 3
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    printed = ok(run_command(*flags, "--resume", "auto"))
-    assert f"{tmp_path}/last.pt: going on at step 3" in printed
+    assert f"{tmp_path}/last.pt: going on at step 3" in ok(run_command(*flags))
+    as_whole(tmp_path, whole[0])
+    ok(run_command(*flags))
     as_whole(tmp_path, whole[0])
 
 
@@ -487,23 +426,6 @@ def test_two_processes_stop_together_and_resume_exactly(world, tmp_path):
     as_whole(parts, tmp_path / "whole")
 
 
-def test_auto_starts_anew_after_a_kill_before_the_first_checkpoint(world, tmp_path):
-    flags = ["pretrain.py", *TINY, "--data", world, "--output", tmp_path, "--resume", "auto",
-             "--steps", "2"]
-    run_ranks(*flags, ranks=1, last=(signal_after, 1, signal.SIGKILL))
-    assert os.listdir(tmp_path) == ["log.jsonl"]
-    ok(run_command(*flags))
-    assert [line["step"] for line in log(tmp_path)[0]] == [1, 2]
-
-
-def test_a_finished_run_stays_as_it_is(whole, finished, world):
-    before = (finished / "log.jsonl").read_bytes()
-    flags = ["pretrain.py", *TINY, *DRAWS, "--data", world, "--output", finished]
-    ok(run_command(*flags, "--resume", "auto"))
-    assert (finished / "log.jsonl").read_bytes() == before
-    as_whole(finished, whole[0])
-
-
 def test_a_folder_that_holds_a_run_is_refused(whole, finished, world, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     flags = [*TINY, "--data", world, "--output", str(finished), "--steps", "1"]
@@ -515,8 +437,7 @@ def test_a_folder_that_holds_a_run_is_refused(whole, finished, world, capsys):
 
 
 @pytest.mark.parametrize("flag,value,was", [
-    ("--width", "64", 32), ("--seed", "5", 0), ("--batch-size", "4", 8),
-    ("--sets", "vg", "['coco', 'vg']")])
+    ("--width", "64", 32), ("--seed", "5", 0), ("--sets", "vg", "['coco', 'vg']")])
 def test_flags_that_a_resumed_run_may_not_change(whole, flag, value, was, capsys):
     assert pretrain.main(["--resume", f"{whole[0]}/last.pt", flag, value]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -567,15 +488,13 @@ def test_weights_that_are_not_finite_are_not_saved(finished, monkeypatch, capsys
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_counted_and_replaced(copy, workers, tmp_path):
-    names = break_images(copy, 3)
+    broken = break_images(copy, slice(0, 6, 2))  # the next image is there
     done = run_command("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out",
                        "--epochs", "1", "--workers", workers, "--val-pictures", "1")
     ok(done)
-    lines = done.stderr.splitlines()
-    assert len(lines) == 3
-    for name in names:
-        assert sum(f"coco/train2017/{name}: " in line and "replaced by the next image" in line
-                   for line in lines) == 1
+    lines = sorted(done.stderr.splitlines())
+    for path, line in zip(broken, lines, strict=True):
+        assert line.startswith(f"{path}: ") and "replaced by the next image" in line
     steps, _ = log(tmp_path / "out")
     assert len(steps) == 16 and steps[-1]["broken"] == 3
 
@@ -586,7 +505,7 @@ def test_a_folder_of_broken_images_is_one_line(copy, workers, tmp_path):
     break_images(copy)
     done = run_command("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out",
                        "--sets", "coco", "--workers", workers)
-    one_line(done, "coco/train2017/0000", "cannot be decoded, nor can the")
+    one_line(done, "coco/train2017/0000", "cannot be read", "nor can the 19 images after it")
 
 
 def test_an_error_of_the_second_processs_data_is_one_line(world, tmp_path):
@@ -594,18 +513,22 @@ def test_an_error_of_the_second_processs_data_is_one_line(world, tmp_path):
     done = run_ranks("pretrain.py", *TINY, "--data", world, "--output", tmp_path,
                      last=(no_image_decodes,))
     assert [one.returncode for one in done] == [2, 2], done[0].stderr
-    lines = [line for one in done for line in one.stderr.splitlines()]
-    assert [line for line in lines if line.startswith("pretrain.py: ")] == [
-        "pretrain.py: a.jpg: cannot be decoded"]
-    assert "Traceback" not in "".join(lines)
+    printed = "".join(one.stderr for one in done)
+    assert printed.count("pretrain.py: a.jpg: cannot be read\n") == 1
+    assert printed.count("pretrain.py: ") == 1 and "Traceback" not in printed
 
 
-def test_an_error_of_the_first_process_ends_both_with_one_line(copy, tmp_path):
-    path = copy / "vg" / "objects.json"
+@pytest.mark.parametrize("flags,texts", [
+    ([], ["pretrain.py: ", "vg/objects.json"]),
+    (["--batch-size", "3"],
+     ["--batch-size 3: does not divide among 2 processes; choose a multiple of 2"])])
+def test_an_error_of_both_processes_is_printed_by_the_first(copy, flags, texts, tmp_path):
+    path = copy / "vg/objects.json"
     path.write_bytes(path.read_bytes()[:1000])
-    first, second = run_ranks("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out")
-    one_line(first, "pretrain.py: ", "vg/objects.json")
-    assert second.returncode == 2 and second.stderr == ""
+    first, second = run_ranks("pretrain.py", *TINY, "--data", copy, "--output", tmp_path / "out",
+                              *flags)
+    one_line(first, *texts)
+    assert second.returncode > 0 and "pretrain.py: " not in second.stderr
 
 
 def test_a_process_that_hangs_ends_the_run(world, tmp_path):
@@ -619,75 +542,52 @@ def test_a_process_that_hangs_ends_the_run(world, tmp_path):
 # Flags
 
 
-def refused(capsys, *flags):
-    """The last line of what a command line prints that ends with exit code 2."""
+@pytest.mark.parametrize("flag,value", [
+    ("--backbone", "r99"), ("--batch-size", "0"), ("--lr", "nan"), ("--width", "30"),
+    ("--workers", "many"), ("--device", "cuda:99"), ("--resume", "nowhere.pt"),
+    ("--resume", "README.md"), ("--data", "nowhere"), ("--backbone-weights", "nowhere.pth"),
+    ("--output", "README.md")])
+def test_a_flag_that_cannot_be_is_named_in_one_line(flag, value, world, tmp_path, capsys):
+    flags = ["--backbone", "r18", "--data", world, "--output", str(tmp_path), flag, value]
     try:
-        code = pretrain.main([str(flag) for flag in flags])
+        code = pretrain.main(flags)
     except SystemExit as end:  # argparse's way
         code = end.code
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage:")]
     assert code == 2 and len(lines) == 1, lines
-    return lines[0]
+    assert flag in lines[0] and value in lines[0]
 
 
-@pytest.mark.parametrize("flag,value", [
-    ("--backbone", "r99"), ("--batch-size", "0"), ("--batch-size", "1" + "0" * 30), ("--lr", "nan"),
-    ("--lr", "-1"), ("--lr", "1e300"), ("--width", "30"), ("--short-sides", "8"),
-    ("--dropout", "1.5"), ("--workers", "many"), ("--seed", "-1"), ("--device", "cuda:99"),
-    ("--resume", "nowhere.pt"), ("--resume", "README.md"), ("--data", "nowhere"),
-    ("--backbone-weights", "nowhere.pth"), ("--output", "README.md")])
-def test_a_flag_that_cannot_be_is_named(flag, value, world, tmp_path, capsys):
-    flags = ["--backbone", "r18", "--data", world, "--output", tmp_path, flag, value]
-    line = refused(capsys, *flags)
-    assert flag in line and (value in line or value == "nowhere") and len(line) < 300
-
-
-def test_a_batch_must_divide_among_the_processes(world, tmp_path):
-    first, second = run_ranks("pretrain.py", *TINY, "--data", world, "--output", tmp_path,
-                              "--batch-size", "3")
-    one_line(first, "--batch-size 3: does not divide among 2 processes; choose a multiple of 2")
-    assert second.returncode == 2 and second.stderr == ""
-
-
-@pytest.mark.parametrize("script,most", [(pretrain, 53), (finetune, 60)])
-def test_help_has_a_word_about_each_flag_and_each_default_once(script, most, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
+@pytest.mark.parametrize("script", [pretrain, finetune, evaluate])
+def test_help_says_each_default_once_and_none_where_there_is_none(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
-    text = capsys.readouterr().out
     assert end.value.code == 0
-    flags = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
-    assert 35 < len(flags) <= most
-    for flag in flags:
-        assert len(flag.split()) > 2 and flag.count("default:") <= 1, flag
+    for flag in re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)[1:]:
+        assert flag.count("default:") <= 1, flag
         assert not re.search(r"default:\s+(None|False|\[\])", flag), flag
-    for group in ("data", "model", "training", "output"):
-        assert f"\n{group}:\n" in text
 
 
 def test_pretraining_starts_from_detrs_weights(detr, world, tmp_path):
     """Its sizes are the file's; words and the heads that DETR has not start anew, by name."""
-    flags = ["--mini", "--init", detr, "--data", world, "--output", tmp_path / "a", "--workers",
-             "0", "--minutes", "0", "--batch-size", "4", "--sentences-per-picture", "2",
-             "--val-pictures", "4", "--log-every", "1"]
-    printed = ok(run_command("pretrain.py", *flags, "--steps", "2"))
+    flags = ["--mini", "--init", detr, "--data", world, "--workers", "0", "--minutes", "0",
+             "--batch-size", "4", "--val-pictures", "4", "--steps", "1"]
+    printed = ok(run_command("pretrain.py", *flags, "--output", tmp_path / "a"))
     loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
     anew = printed.split("parameters that start anew: ")[1].split("\n")[0]
     assert [part.split()[0] for part in loaded.split(", ")] == [
         "backbone", "encoder", "decoder", "decoder_norm", "query_positions", "box"]
     assert [part.split()[0] for part in anew.split(", ")] == [
         "mlm_bias", "sentence", "mlm_transform", "itm", "classes", "attribute", "caption"]
-    assert "starts anew: classes.vg.weight" in printed
     state = load_checkpoint(f"{tmp_path}/a/last.pt")
     config, args = state["config"], state["args"]
     assert (config.width, config.heads, config.queries, config.stride) == (64, 2, 8, 32)
-    assert config.decoder_norm and config.detr_positions and config.frozen_batch_norm
+    assert config.decoder_norm and config.frozen_batch_norm
     assert config.task == "" and args["width"] == 64 and args["backbone"] == "r18"
     stem = "backbone.resnet.layer1.0.conv1.weight"
     assert torch.equal(state["model"][stem], load_checkpoint(detr)["model"][stem])
-    ok(run_command("pretrain.py", "--resume", tmp_path / "a/last.pt", "--steps", "3"))
+    ok(run_command("pretrain.py", "--resume", tmp_path / "a/last.pt", "--steps", "2"))
 
     for change, words in ((["--queries", "9"], "--queries 9: "),
                           (["--init", tmp_path / "a/last.pt"], "not DETR's weights")):
-        done = run_command("pretrain.py", *flags[:-2], "--output", tmp_path / "b", *change)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+        one_line(run_command("pretrain.py", *flags, "--output", tmp_path / "b", *change), words)
