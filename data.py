@@ -271,6 +271,8 @@ def find_files(folder, names):
             path = os.path.join(parent, file)
             paths[os.path.relpath(path, folder)] = path
             alike[file].append(path)
+    if not paths:
+        raise InputError(f"{folder}: no such folder, or nothing in it; unpack the images there")
 
     found = {name: paths.get(os.path.normpath(name)) for name in names}
     taken = set(found.values())
@@ -1003,6 +1005,7 @@ def init_processes(device, timeout=30.0):
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                             timeout=timedelta(minutes=timeout))
+    gather(None)  # all are connected before one may end with an error, which then all of them see
     return dist.get_rank(), world, device
 
 

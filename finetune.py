@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from data import (InputError, Tokenizer, add_box_flags, command, describe, load_images, number,
                   other_sentence, pad_images, pad_tokens, print0, to_pixels)
 from evaluate import check_classes, draw_curves, predict
-from matcher import LOSS_WEIGHTS, no_object_weight
+from matcher import LOSS_WEIGHTS
 from model import E2EVLP, build_model, load_checkpoint, load_pretrained
 from pretrain import (FILE_FLAGS, MINI_LOADING, MINI_MODEL, MODEL_FLAGS, Run, check_file_flags,
                       new_model, parse_resumed, shared_flags, train)
@@ -318,8 +318,7 @@ def finetune(args, state):
     queries = model.config.queries
     mean_objects = describe("train", train_examples, names, queries, tokenizer, print0)
     describe("val", val, {**names, **index["val"]["names"]}, queries, tokenizer, print0)
-    if getattr(task, "no_object_weight", 0) is None:  # what balances, as in pre-training
-        task.no_object_weight = no_object_weight(mean_objects, queries)
+    task.set_balance(mean_objects, queries)
 
     dataset = TaskSet(task, train_examples, tokenizer, args)
     print0(f"{task.name}: an epoch is {len(dataset.order)} "

@@ -33,7 +33,8 @@ from pycocotools.cocoeval import COCOeval
 from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
                   flip_and_crop, load_or_build_index, number, pad_tokens, read_boxes,
                   read_json, read_pairs, read_text, safe_name)
-from matcher import boxes_in_pixels, detection_target, loss_normalizers, set_loss
+from matcher import (boxes_in_pixels, detection_target, loss_normalizers, no_object_weight,
+                     set_loss)
 
 TASKS = {}
 
@@ -137,6 +138,9 @@ class Task:
 
     # How it learns
 
+    def set_balance(self, mean_objects, queries):
+        """Called once before training: the mean number of objects in an image, and of queries."""
+
     def sentences(self, examples, rng=None):
         """What is read with one image's examples, unless an epoch goes `by_sentence`."""
         return [example.text for example in examples]
@@ -191,16 +195,19 @@ class Task:
         rows = read_json(path, list[self.Result])
         return [msgspec.structs.astuple(row) for row in rows]
 
+    def question_ids(self, path):
+        """The ids in a file of all that may be answered."""
+        raise InputError(f"--questions {path}: --task {self.name} has no such file")
+
     def score_file(self, results, against, split="test", questions=None):
-        """The scores of anybody's result file by an official annotation file. questions: VQA's file
-        of all that may be answered, by default what `against` has.
+        """The scores of anybody's result file by an official annotation file. questions: a file of
+        all that may be answered, by default what `against` has.
         """
         examples = self.truth(against, split)
-        ids = known = [e.id for e in examples]
-        if questions:
-            known = [q.question_id for q in read_json(questions, VqaQuestions).questions]
+        ids = [e.id for e in examples]
         rows = self.read_results(results)
-        check_ids(results, [i for i, _ in rows], ids, known)
+        check_ids(results, [i for i, _ in rows], ids,
+                  self.question_ids(questions) if questions else ids)
         answers = dict(rows)
         return self.score([answers[i] for i in ids], examples)
 
@@ -390,6 +397,9 @@ class VQA(Task):
             accuracy[example.answer_type].append(value)
         return {kind: 100 * sum(accuracy[kind]) / len(accuracy[kind])
                 for kind in ("overall", "yes/no", "number", "other") if accuracy[kind]}
+
+    def question_ids(self, path):
+        return [q.question_id for q in read_json(path, VqaQuestions).questions]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -864,6 +874,10 @@ class Detection(Task):
     def sentences(self, examples, rng=None):
         sentences = examples[0].sentences or [""]
         return [rng.choice(sentences) if rng else sentences[0]]
+
+    def set_balance(self, mean_objects, queries):
+        if self.no_object_weight is None:  # as in pre-training
+            self.no_object_weight = no_object_weight(mean_objects, queries)
 
     def augment_images(self, images, examples, rng):
         if self.augment == "none":

@@ -789,6 +789,13 @@ def test_pairs_that_cannot_be_used_are_one_line(own, tmp_path, text, words):
     assert path in str(error.value) and words in str(error.value)
 
 
+def test_an_images_folder_that_is_not_there_is_named(own, tmp_path):
+    path = str(tmp_path / "pairs.csv")
+    write(path, "image,caption,split\na.jpg,b,train\n")
+    with pytest.raises(InputError, match="nowhere: no such folder, or nothing in it"):
+        read_pairs(path, str(tmp_path / "nowhere"), "train")
+
+
 def test_what_there_is_to_train_on_is_said(own, tmp_path, monkeypatch):
     own.file["annotations"] += [{"image_id": 0, "category_id": 9, "bbox": [4, 3, 8, 6]}] * 4
     own.file["annotations"] = [a for a in own.file["annotations"] if a["image_id"] != 2]

@@ -5,8 +5,10 @@ and the command.
 
 import json
 import os
+import random
 import re
 import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -15,12 +17,13 @@ import torch.nn.functional as F
 from conftest import small_model
 from matplotlib.figure import Figure
 from PIL import Image
-from test_tasks import QUIET, SIZE, model_for, words_of
+from test_tasks import QUIET, SIZE, model_for, official_ap, words_of
 
 import evaluate
 from data import Example, InputError, Objects, Tokenizer, load_image, read_pretraining, to_pixels
-from evaluate import (Grounding, Predictor, draw_attention, draw_curves, duplicates_and_missed,
-                      measure, measure_with_blind, prepare_probes, record_attention)
+from evaluate import (Grounding, Predictor, average_precision, draw_attention, draw_curves,
+                      duplicates_and_missed, measure, measure_with_blind, prepare_probes,
+                      record_attention)
 from model import Memory, build_model, load_checkpoint, save_checkpoint
 from tasks import TASKS, make_task
 
@@ -135,6 +138,29 @@ def test_probes_are_the_same_each_time_and_foils_are_never_true(val, words):
 
 # --------------------------------------------------------------------------------------------------
 # The measures of pre-training
+
+
+def test_average_precision_is_pycocotools_on_the_official_file(world):
+    path = f"{world}/coco/annotations/instances_train2017.json"
+    examples = read_pretraining(world, ["coco"], **QUIET)["train"]
+    with open(path) as file:
+        annotations = json.load(file)["annotations"]
+    number = {int(example.id.split()[1]): i for i, example in enumerate(examples)}
+    categories = sorted({a["category_id"] for a in annotations})
+    rng = random.Random(0)
+    theirs, ours = [], defaultdict(list)
+    for a in annotations * 2:  # boxes off by some pixels, some of a wrong class
+        x, y, w, h = (v + rng.uniform(-4, 4) for v in a["bbox"])
+        category = rng.choice([a["category_id"]] * 3 + categories)
+        box, score = [x, y, max(1, w), max(1, h)], rng.random()
+        theirs.append({"image_id": a["image_id"], "bbox": box, "category_id": category,
+                       "score": score})
+        ours[number[a["image_id"]]].append((categories.index(category), box, score))
+    expected = official_ap(path, theirs)
+    assert 0.05 < expected["AP"] < 0.9
+    found = average_precision(examples, ours, len(categories))
+    assert found == pytest.approx({name: expected[name] for name in ("AP", "AP50")}, abs=1e-6)
+    assert average_precision(examples, {}, len(categories)) == {"AP": 0.0, "AP50": 0.0}
 
 
 class Oracle:
