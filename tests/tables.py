@@ -252,30 +252,38 @@ class Runner:
             words += ["--init", init]
         return [*words, "--output", self.folder(run, seed), "--resume", "auto"]
 
-    def train(self, runs):
-        """Train what has not ended yet: first the pre-trainings, then what starts from them. After
-        Ctrl-C what runs writes its checkpoint.
+    def train(self, tables):
+        """Train what has not ended yet, table by table, first the pre-trainings; a fine-tuning
+        waits for its own. After Ctrl-C what runs writes its checkpoint.
         """
-        for script in ("pretrain.py", "finetune.py"):
-            waiting = [(run, seed) for seed in range(self.args.seeds) for run in runs
-                       if run.script == script and not os.path.exists(self.kept(run, seed))]
-            with ThreadPoolExecutor(self.args.jobs) as pool:
-                list(pool.map(self.train_one, waiting))
+        keys = [(run, seed) for table in tables for script in ("pretrain.py", "finetune.py")
+                for seed in range(self.args.seeds) for run in table.runs() if run.script == script]
+        ends = {}
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for run, seed in dict.fromkeys(keys):
+                if not os.path.exists(self.kept(run, seed)):
+                    start = ends.get((run.start, seed))
+                    ends[run, seed] = pool.submit(self.train_one, run, seed, start)
+        for end in ends.values():
+            end.result()  # raises what the run raised
 
-    def train_one(self, key):
-        folder = self.folder(*key)
+    def train_one(self, run, seed, start):
+        """start: the end of the pre-training that it needs, or None."""
+        if start is not None:
+            start.result()
+        folder = self.folder(run, seed)
         os.makedirs(folder, exist_ok=True)
         # Side by side: a thread each, so that two of them do not take turns with four
         threads = str(max(1, (os.cpu_count() or 1) // self.args.jobs))
-        script, *words = self.command(*key)[1:]
+        script, *words = self.command(run, seed)[1:]
         with open(f"{folder}/output.txt", "a") as log:
             code = subprocess.call([sys.executable, os.path.join(ROOT, script), *words],
                                    env={**os.environ, "OMP_NUM_THREADS": threads},
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if code:
-            raise InputError(f"{self.name(*key)}: exit code {code}, see {folder}/output.txt")
-        self.keep(*key)
-        print(f"{self.name(*key)}: done", flush=True)
+            raise InputError(f"{self.name(run, seed)}: exit code {code}, see {folder}/output.txt")
+        self.keep(run, seed)
+        print(f"{self.name(run, seed)}: done", flush=True)
 
     def keep(self, run, seed):
         """Write down what a run that has ended measured: all of its validations."""
@@ -456,16 +464,19 @@ def renew(folder):
         file.write(text)
 
 
-def make(number_, args):
-    """Train what a table needs; write its JSON and picture."""
-    runner, table = Runner(args), make_table(args, number_)
-    seeds = range(args.seeds)
+def write_worlds(args, tables):
+    """The miniature worlds that the tables' runs need, if they are not there."""
     worlds = {False: args.data, True: f"{args.data}-hard"}
-    for hard in {run.hard for run in table.runs()}:
+    for hard in {run.hard for table in tables for run in table.runs()}:
         if not os.path.exists(worlds[hard]):
             print(f"writing the miniature world to {worlds[hard]}", flush=True)
             shapes.write_world(worlds[hard], hard=hard)
-    runner.train(table.runs())
+
+
+def make(number_, table, runner):
+    """Write a table's JSON and picture, of what its runs have measured."""
+    args = runner.args
+    seeds = range(args.seeds)
     kept, rows = {}, []
     for run in table.runs():
         kept[run] = [read(runner.kept(run, seed)) for seed in seeds]
@@ -518,8 +529,12 @@ def main(argv=None):
     def work():
         args = parser.parse_args(argv)
         args.asked = sys.argv[1:] if argv is None else argv
-        for number_ in args.table:
-            make(number_, args)
+        tables = {number_: make_table(args, number_) for number_ in args.table}
+        write_worlds(args, tables.values())
+        runner = Runner(args)
+        runner.train(tables.values())
+        for number_, table in tables.items():
+            make(number_, table, runner)
 
     return command("tables.py", work)
 
