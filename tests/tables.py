@@ -432,13 +432,16 @@ def draw(path, table, kept):
     axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for ax in axes[len(panels):]:
         ax.set_axis_off()
+    colours = {name: f"C{i}" for i, (name, *_) in enumerate(table.rows)}
     for ax, (head, lines) in zip(axes, panels.items()):
         ax.set_title(head, fontsize=9)
         for name, (run, key) in lines.items():
+            if key not in kept[run][0]["curve"][0]:
+                continue  # without detection there is no AP
             curves = [[point[key] for point in one["curve"]] for one in kept[run]]
             seen = [point["pictures"] for point in kept[run][0]["curve"]]
             ax.plot(seen, [statistics.fmean(values) for values in zip(*curves)], marker=".",
-                    label=name)
+                    color=colours[name], label=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
