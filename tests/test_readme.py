@@ -42,8 +42,6 @@ def run(words, folder):
         flags += TUNE
         if flags[flags.index("--init") + 1] == "none":
             flags += MODEL
-        if "--output" not in flags and os.path.exists(folder / f"runs/{flags[1]}"):
-            flags += ["--output", f"runs/{len(os.listdir(folder / 'runs'))}"]
     elif script == "shapes.py":
         flags += ["--train", "16", "--val", "2", "--test", "2"]
     done = run_command(script, *flags, launch=launch, cwd=folder)
