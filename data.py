@@ -119,7 +119,7 @@ class CocoObject(Struct):
     category_id: Id
     bbox: Box             # x, y, width, height in pixels
     id: int = 0
-    iscrowd: int = 0
+    iscrowd: bool | float | None = 0
     area: float | None = None  # in pixels, for AP of small, medium, large objects
 
 class Category(Struct):
@@ -266,7 +266,7 @@ def find_files(folder, names):
         raise InputError("give the images' folder too: --images, --train-images or --val-images")
     paths = {}
     alike = defaultdict(list)
-    for parent, _, files in os.walk(folder):
+    for parent, _, files in os.walk(folder, followlinks=True):
         for file in files:
             path = os.path.join(parent, file)
             paths[os.path.relpath(path, folder)] = path
@@ -294,6 +294,11 @@ def read_boxes(path, folder, complete=False, say=print):
     instances = read_json(path, CocoInstances)
     examples = images_with_records(path, folder, instances.images, complete, say)
     categories = sorted(instances.categories, key=lambda category: category.id)
+    # Some tools write a category of the project's name above all, which no box has
+    used = {annotation.category_id for annotation in instances.annotations}
+    used_names = [category.name for category in categories if category.id in used]
+    categories = [category for category in categories
+                  if category.id in used or category.name not in used_names]
     names = [category.name for category in categories]
     label_of = {category.id: label for label, category in enumerate(categories)}
     if len(set(names)) < len(names):
@@ -392,12 +397,19 @@ def read_pairs(path, folder, split, say=print):
     if path.endswith(".jsonl"):
         pairs = read_json(path, Pair, lines=True)
     else:
-        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True, restval="")
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True, restval="",
+                              restkey="too many")
+        pairs = []
         try:
-            pairs = msgspec.convert(list(rows), list[Pair])
+            for row in rows:
+                if "too many" in row:
+                    raise InputError(f"{path}, line {rows.line_num}: more fields than the first "
+                                     "line has; put a caption with commas in double quotes")
+                pairs.append(msgspec.convert(row, Pair))
         except (csv.Error, msgspec.MsgspecError) as error:
-            raise InputError(f"{path}: {error}; its first line must be image,caption or image,"
-                             "caption,split, and split train, val, test or nothing") from None
+            raise InputError(f"{path}, line {rows.line_num}: {error}; the first line must be image,"
+                             "caption or image,caption,split, and split train, val, test or "
+                             "nothing") from None
     names = [safe_name(pair.image, path) for pair in pairs]
     files = dict(zip(names, names)) if folder == "" else find_files(folder, names)
     counts = Counter()
@@ -420,7 +432,8 @@ def read_pairs(path, folder, split, say=print):
             example.captions += 1
     say_counts(path, counts, say)
     if not examples:
-        raise InputError(f"{path}: no pair of {split!r} is left of {len(pairs)} rows")
+        raise InputError(f"{path}: no pair of {split!r} is left of {len(pairs)} rows; a column "
+                         "split says which are of train, val and test")
     return list(examples.values())
 
 
@@ -654,8 +667,10 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     runs = {os.path.dirname(log) for log in logs}
     official = [path for path in official if not runs & {path, os.path.dirname(path)}]
     state = [INDEX_VERSION, os.path.abspath(data)]
-    for path in sources or official:
-        if os.path.exists(path) and os.path.dirname(path) != folder.rstrip("/"):
+    # Of one's own folders also those in them: os.walk gives nothing for a file
+    own = [parent for path in sources for parent, _, _ in os.walk(path, followlinks=True)]
+    for path in [*sources, *own] or official:
+        if os.path.exists(path) and not path.startswith(folder.rstrip("/")):
             status = os.stat(path)
             state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
@@ -992,13 +1007,17 @@ def init_processes(device, timeout=30.0):
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device == "cuda":
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise InputError(f"--device cuda: {here} processes for {gpus} GPUs; start no more "
+                             "processes than there are GPUs, or give --device cpu")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = re.split(r"\.\s|\n", str(error))[0]
-        raise InputError(f"--device {device}: cannot be used ({reason}); start no more processes "
-                         "than there are GPUs, or give --device cpu") from None
+        raise InputError(f"--device {device}: cannot be used ({reason}); give another one, or "
+                         "--device cpu") from None
     if world == 1:
         return 0, 1, device
     if device.startswith("cuda"):
@@ -1070,6 +1089,12 @@ def command(script, work):
         code, message = 2, str(error)
     except KeyboardInterrupt:
         code, message = 128 + signal.SIGINT, "stopped"
+    except torch.OutOfMemoryError as error:
+        code, message = 2, (f"{str(error).splitlines()[0]} Hold fewer images at once "
+                            "(--micro-batch; evaluate.py: --batch-size), or give --amp bf16 or "
+                            "--activation-checkpointing")
+        print(f"{script}: {message}", file=sys.stderr, flush=True)  # whichever process it is
+        return code
     finally:  # after an error loader workers are still there: Python would wait for them for ever
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():

@@ -89,19 +89,25 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
     for i, example in enumerate(examples):
         about[tuple(example.files)].append(i)
     about = {numbers[0]: numbers for numbers in about.values()}
-    answers = {}
-    for firsts, images, sizes, padded in evaluation_batches(examples, about, rank=rank, world=world,
-                                                            mean=mean, **loading):
-        numbers = [i for first in firsts for i in about[first]]
-        asked = [examples[i] for i in numbers]
-        tokens = [tokenizer.encode(task.sentences([example])[0]) for example in asked]
-        image = [row for row, first in enumerate(firsts) for _ in about[first]]
-        batch = {"images": images, "sizes": sizes, "padded": padded, "image": torch.tensor(image),
-                 "tokens": pad_tokens(tokens, tokenizer.pad)}
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            found = task.answer(model, to_device(batch, device), asked, tokenizer)
-        answers.update(zip(numbers, found))
-    for share in gather(answers):
+    answers, problem = {}, ""
+    batches = evaluation_batches(examples, about, rank=rank, world=world, mean=mean, **loading)
+    try:
+        for firsts, images, sizes, padded in batches:
+            numbers = [i for first in firsts for i in about[first]]
+            asked = [examples[i] for i in numbers]
+            tokens = [tokenizer.encode(task.sentences([example])[0]) for example in asked]
+            image = [row for row, first in enumerate(firsts) for _ in about[first]]
+            batch = {"images": images, "sizes": sizes, "padded": padded,
+                     "image": torch.tensor(image), "tokens": pad_tokens(tokens, tokenizer.pad)}
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+                found = task.answer(model, to_device(batch, device), asked, tokenizer)
+            answers.update(zip(numbers, found))
+    except InputError as error:  # an image that one process cannot read ends them all
+        problem = str(error)
+    shares, problems = zip(*gather((answers, problem)))
+    if any(problems):
+        raise InputError(max(problems))
+    for share in shares:
         answers.update(share)
     return [answers[i] for i in range(len(examples))]
 
@@ -785,7 +791,7 @@ def score_task(args, predictor, settings):
     if name != predictor.task and (predictor.task or TASKS[name].new_head):
         raise InputError(f"--task {name}: {args.checkpoint} is {predictor.kind}")
     task = make_task(name, {**predictor.flags, **vars(args), "train_annotations": None,
-                            "meteor": True})
+                            "meteor": True, **({"text": "none"} if args.val_annotations else {})})
     task.labels, task.names = names.get("answers", ()), names
     split = args.split or "val"
     index = task.index(args.data, split, args.index, print0)

@@ -9,7 +9,8 @@ best on validation) and curves.png. `--init none` starts from nothing, so that w
 worth can be seen. The loop is pretrain.train; this file has the flags, the model and the
 validation.
 
-Settings are section 5.1's where it gives them. Clip, the ResNet's rate and weight decay are ours.
+Settings are section 5.1's where it gives them. Ours are clip, the ResNet's rate and weight decay,
+captioning's batch and epochs, and all of detection's, which are VQA's.
 """
 
 import functools

@@ -75,7 +75,7 @@ def hungarian_match(logits, boxes, targets):
     target_boxes = pad_sequence([t["boxes"].float() for t in targets], batch_first=True)
 
     # The class cost is minus the probability, not minus its logarithm: bounded, so that it cannot
-    # outweigh the boxes.
+    # outweigh the boxes. Attributes take no part in the matching (Eq. 1).
     probability = logits.float().softmax(-1)
     index = labels[None, :, None].expand(L, B, Q, -1)
     cost_class = -probability.gather(3, index)                                # (L, B, Q, n)
@@ -117,12 +117,12 @@ def detection_target(source, objects, attributes=0):
 def no_object_weight(mean_objects, queries):
     """The weight of "no object" in the class loss with which objects and no-objects count alike.
 
-    Of Q queries n have a partner and Q - n have none, so n / (Q - n). DETR's 0.1 is about that for
-    COCO: 7.3 objects and 100 queries, 0.08. Where it is too small, two queries that see the same
-    object both say so: they cannot be told apart, half of the time each is the matched one, and
-    probability 1 / (1 + weight) is then the best answer for both.
+    Of Q queries n have a partner and Q - n have none, so n / (Q - n); DETR's 0.1, which is about
+    that for COCO (7.3 objects and 100 queries, 0.08), is the least. Where it is too small, two
+    queries that see the same object both say so: they cannot be told apart, half of the time each
+    is the matched one, and probability 1 / (1 + weight) is then the best answer for both.
     """
-    return mean_objects / max(1.0, queries - mean_objects)
+    return max(NO_OBJECT_WEIGHT, mean_objects / max(1.0, queries - mean_objects))
 
 
 def loss_normalizers(targets, queries, no_object=NO_OBJECT_WEIGHT):

@@ -9,14 +9,17 @@ image becomes a grid of S = H * W cells:
                                                                 +-> decoder + queries -> objects
     grid alone ------------------------> encoder -> decoder + words -> caption           (3.1.3)
 
-`python model.py` takes an image and a sentence this way and prints what comes out of each step and
+`python model.py` takes random pixels and words this way and prints what comes out of each step and
 what it costs.
+
+More letters: K sentences an image, Q queries, L decoder layers, V word pieces, A attributes, and in
+each docstring M or N of what it names. MLM is masked language modelling, ITM image-text matching.
+C4 and C5 are what a ResNet's third and fourth stage give, at 16 and 32 pixels a cell.
 
 Departures from the paper, each with its reason in the README's table of choices:
   - 256 units do not divide into 12 heads: a head is 32 wide, attention projects 256 -> 384 -> 256;
-  - the caption's output layer is not tied to the word embedding, the MLM's is (this gives the sizes
-    of Table 5's models of 12 layers);
-  - the caption is decoded from an encoding of the image alone, so that it cannot see itself.
+  - the ResNet's conv1 and layer1 keep their ImageNet weights, as in DETR;
+  - the detector reads a sentence with some images and none with others, so that it needs none.
 
 Masks: everywhere in this project True means "there is something here" (a real word, a real cell,
 may be attended to) and False means padding. F.scaled_dot_product_attention expects a boolean mask
@@ -63,7 +66,7 @@ class Config:
     dropout: float = 0.1
     vocabulary: int = 30522         # word pieces
     max_tokens: int = 40            # [CLS] and [SEP] included
-    temperature: float = 10000.0    # longest wavelength of the sine positions, in image widths
+    temperature: float = 10000.0    # longest wavelength of the sine positions, in image sides
     activation: str = "gelu"        # of the feed-forward layers; DETR: "relu"
     decoder_norm: bool = False      # DETR: a last LayerNorm, applied to each decoder layer's output
     classes: dict = field(default_factory=lambda: {"coco": 80, "vg": 1600})  # without no-object
@@ -132,8 +135,9 @@ class Backbone(nn.Module):
         self.architecture = config.backbone.replace("r", "resnet")
         self.frozen = config.frozen_batch_norm
         self.stride = config.stride
-        norm = FrozenBatchNorm if self.frozen else nn.BatchNorm2d
-        resnet = getattr(torchvision.models, self.architecture)(weights=None, norm_layer=norm)
+        norm_layer = FrozenBatchNorm if self.frozen else nn.BatchNorm2d
+        build = getattr(torchvision.models, self.architecture)
+        resnet = build(weights=None, norm_layer=norm_layer)
         channels = resnet.fc.in_features
         resnet.fc = resnet.avgpool = None
         if config.stride == 16:
@@ -179,7 +183,8 @@ class Backbone(nn.Module):
         """images (B, 3, H0, W0) uint8 RGB, padded right and below; sizes (B, 2) int64, the true
         height and width; padded: False promises that no image is smaller than the tensor, and
         spares the masking; recompute: see `maybe_checkpoint` (not where batch norm trains, which
-        would count a batch twice). Returns grid (B, D, H, W), mask (B, H, W) bool, True = image.
+        would count a batch twice). Returns features (B, D, H, W) and mask (B, H, W) bool, True =
+        image.
         """
         B, _, H0, W0 = images.shape
         device = images.device
@@ -190,7 +195,7 @@ class Backbone(nn.Module):
         rows = torch.arange(H0, device=device)[:, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=device)[None] < sizes[:, 1, None, None]     # (B, 1, W0)
         mask = rows & columns                                                         # (B, H0, W0)
-        levels = [mask[:, None]]
+        levels = [mask[:, None]]  # of each number of halvings: (B, 1, rows, columns)
         for _ in range(5 if self.resnet.layer4 is not None else 4):
             mask = mask[:, ::2, ::2]  # a layer of stride 2 gives ceil(h / 2) rows: 0, 2, 4 ...
             levels.append(mask[:, None])
@@ -240,7 +245,7 @@ def sine_positions(mask, width, temperature=10000.0):
     learnt sooner.
     """
     B, H, W = mask.shape
-    y = mask.float().cumsum(1)  # 1, 2, 3 ... down the image
+    y = mask.float().cumsum(1)  # (B, H, W): 1, 2, 3 ... down the image
     x = mask.float().cumsum(2)
     last_y, last_x = y[:, -1:, :], x[:, :, -1:]  # height and width of the image; 0 outside of it
     y = y / last_y.clamp(min=1) * 2 * math.pi
@@ -275,6 +280,22 @@ class SentenceEmbedding(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # The transformer: sections 3.1.2 and 3.1.3
+
+
+@dataclass
+class Memory:
+    """What the encoder or the decoder looks at: the grid, or what the encoder has made of it (S = H
+    * W cells) and of a sentence (T + S states), with the positions to add to queries and keys.
+    """
+
+    states: torch.Tensor     # (B, S, D)
+    positions: torch.Tensor  # (B, S, D); zero for words, whose embedding has their positions
+    mask: torch.Tensor       # (B, S) bool, True = there; None: all are there
+
+    def select(self, indices):
+        """The images of these indices (N,), in this order, repetitions allowed: (N, S, D)."""
+        mask = None if self.mask is None else self.mask[indices]
+        return Memory(self.states[indices], self.positions[indices], mask)
 
 
 class Attention(nn.Module):
@@ -327,11 +348,13 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, mask, outputs=None):
-        """x, positions (B, S, D); mask (B, S) or None; outputs: compute only the first so many."""
-        # Positions go to queries and keys but not to values: they decide who looks at whom; what is
-        # carried along is content alone. They go in at each layer, because post-norm layers soon
-        # wash out what was added once. How, then, can the model know where a box is? What is
-        # carried along depends on who looks where, and the zeros around the input of each
+        """x, positions (B, T + S, D), mask (B, T + S) or None, of words and cells -> (B, T + S, D).
+        outputs: compute only the first so many.
+        """
+        # A cell's position goes to queries and keys but not to values: it decides who looks at
+        # whom; what is carried along is content alone. It goes in at each layer, because post-norm
+        # layers soon wash out what was added once. How, then, can the model know where a box is?
+        # What is carried along depends on who looks where, and the zeros around the input of each
         # convolution of the ResNet leave traces of the place in the content itself.
         x_with_pos = x + positions
         keys_values = self.self_attention.keys_values(x_with_pos, x)
@@ -379,28 +402,15 @@ class DecoderLayer(nn.Module):
             cache["memory"] = self.cross_attention.keys_values(memory.states + memory.positions,
                                                                memory.states)
         # All that look at one image look at the same keys: K sentences are like one that is longer
-        looking = (x + query_positions).reshape(len(memory.states), -1, x.shape[-1])
+        B, _, D = memory.states.shape
+        looking = (x + query_positions).reshape(B, -1, D)                        # (B, K * T, D)
         attended = self.cross_attention(looking, cache["memory"], memory.mask).view_as(x)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
-@dataclass
-class Memory:
-    """A sequence of states with the positions to add to queries and keys, and its mask."""
-
-    states: torch.Tensor     # (B, S, D)
-    positions: torch.Tensor  # (B, S, D); zero for words, whose embedding has their positions
-    mask: torch.Tensor       # (B, S) bool, True = there; None: all are there
-
-    def select(self, indices):
-        """The images of these indices (N,), in this order, repetitions allowed: (N, S, D)."""
-        mask = None if self.mask is None else self.mask[indices]
-        return Memory(self.states[indices], self.positions[indices], mask)
-
-
 def classifier_head(width, hidden, outputs):
-    """Linear, GELU, norm, linear, as LXMERT and UNITER classify from [CLS]."""
+    """Linear, GELU, norm, linear, as LXMERT and UNITER answer questions (without their pooler)."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden),
                          nn.Linear(hidden, outputs))
 
@@ -421,10 +431,10 @@ class E2EVLP(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         self.decoder_norm = nn.LayerNorm(c.width) if c.decoder_norm else nn.Identity()
-        # An object query is a learned position in "the space of possible objects", not a place in
-        # the image: training makes one ask "what is large and left of the middle?", another "what
-        # small thing is at the top?". There are far more of them than objects (COCO has 7 in an
-        # image on average), so each can have its speciality. nn.Embedding only holds the vectors.
+        # An object query begins as a place in the image (see `initialise`), but training is free to
+        # make one ask "what is large and left of the middle?", another "what small thing is at the
+        # top?". There are far more of them than objects (COCO has 7 in an image on average), so
+        # each can have its speciality. nn.Embedding only holds the vectors.
         self.query_positions = nn.Embedding(c.queries, c.width)
 
         # Heads of the encoder (section 3.1.2)
@@ -452,8 +462,8 @@ class E2EVLP(nn.Module):
     def initialise(self):
         """Xavier for matrices (DETR), normal 0.02 for the sentence's embeddings (BERT),
         torchvision's own for the ResNet. The queries begin as the positions of a square grid of
-        places, and are learned from there: of queries that begin at random (DETR) some are alike,
-        and two that cannot be told apart find the same object for long.
+        places, which spreads them over the image, and are learned from there. (DETR's begin at
+        random; the miniature was never measured with that alone.)
 
         Residual branches are scaled by 0.05. Else a dozen random post-norm layers first blur the
         image's cells into one another, and nothing is found until that is unlearnt (the idea is
@@ -484,11 +494,12 @@ class E2EVLP(nn.Module):
         """Pixels to grid: Backbone.forward's arguments -> Memory of S = H * W cells. The costly
         step; it runs once an image, whatever is asked about it.
         """
-        grid, mask = self.backbone(images, sizes, padded, self.recompute)  # (B, D, H, W), (B, H, W)
+        # (B, D, H, W), (B, H, W)
+        features, mask = self.backbone(images, sizes, padded, self.recompute)
         positions = sine_positions(mask, self.config.width, self.config.temperature)
-        positions = positions.to(grid.dtype)                               # (B, S, D)
+        positions = positions.to(features.dtype)                           # (B, S, D)
         mask = mask.flatten(1) if padded else None                         # (B, S)
-        return Memory(grid.flatten(2).transpose(1, 2), positions, mask)
+        return Memory(features.flatten(2).transpose(1, 2), positions, mask)
 
     def encode(self, grid, tokens=None, outputs=None):
         """The cross-modal encoder over [CLS] w1 .. wm [SEP] o1 .. oS (section 3.1.2), or over the
@@ -507,8 +518,8 @@ class E2EVLP(nn.Module):
             positions = torch.cat([torch.zeros_like(words), positions], dim=1)
             mask = torch.cat([is_word, mask], dim=1)                       # (B, T + S)
         for layer in self.encoder:
-            asked = outputs if layer is self.encoder[-1] else None
-            x = maybe_checkpoint(layer, x, positions, mask, asked, enabled=self.recompute)
+            count = outputs if layer is self.encoder[-1] else None
+            x = maybe_checkpoint(layer, x, positions, mask, count, enabled=self.recompute)
         return Memory(x, positions[:, :outputs], None if mask is None else mask[:, :outputs])
 
     def encode_cls(self, grid, tokens):
@@ -542,7 +553,7 @@ class E2EVLP(nn.Module):
         x = self.decode_objects(memory)
         # All layers share their heads: each says the same kind of thing, and the next may refine
         # it. A box is given itself, not as a shift of an anchor; the sigmoid keeps it between 0 and
-        # 1. In float32 throughout: bf16 has so few digits that edges would be up to a pixel off.
+        # 1. In float32 throughout: bf16 has so few digits that edges would be some pixels off.
         with torch.autocast(x.device.type, enabled=False):
             boxes = self.box(x.float()).sigmoid()
         logits = {source: head(x) for source, head in self.classes.items()}
@@ -595,8 +606,9 @@ class E2EVLP(nn.Module):
         captions = batch["captions"].flatten(0, 1)
         caption = self.decode_caption(alone, captions[:, :-1])
 
-        # The objects from the image with the first of its K sentences; from the image alone where
-        # that sentence is another image's, and for some others, so that it also works without one.
+        # The objects from the image with the first of its K sentences, masked as for MLM; from the
+        # image alone where that sentence is another image's, and for some others, so that it also
+        # works without one.
         row = torch.where(batch["no_sentence"], B * K + image, K * image)
         objects = self.detect(encoded.select(row))
 
@@ -662,7 +674,7 @@ class E2EVLP(nn.Module):
             V = total.shape[2]
             # 2 * beam candidates are enough for beam of them to go on: a beam ends in one way only.
             best, place = total.flatten(1).topk(min(2 * beam, beam * V), dim=1)
-            best, place = best.tolist(), place.tolist()  # one wait for the device, for all images
+            best, place = best.tolist(), place.tolist()  # (B, 2 * beam): one wait for the device
 
             penalty = ((5 + length) / 6) ** alpha
             going_on = []                                                        # score, row, word
@@ -961,9 +973,9 @@ def walk(config, height, width, words):
         row(f"{decoder}: queries", x, "E2EVLP.decode_objects", "3.1.3", model.decoder,
             model.query_positions)
         for source, head in model.classes.items():
-            row(f"class head, {source}", head(x), "E2EVLP.detect", "3.1.3, Eq. 1", head)
-        row("box head", model.box(x).sigmoid(), "E2EVLP.detect", "3.1.3, Eq. 1", model.box)
-        row("attribute head", model.attribute(x), "E2EVLP.detect", "3.1.3", model.attribute)
+            row(f"class head, {source}", head(x), "E2EVLP.detect", "3.1.3, L_v", head)
+        row("box head", model.box(x).sigmoid(), "E2EVLP.detect", "3.1.3, L_v", model.box)
+        row("attribute head", model.attribute(x), "E2EVLP.detect", "3.1.3, L_v", model.attribute)
         caption = model.decode_caption(alone, tokens[:, :-1])
         row("caption head", caption, "E2EVLP.decode_caption", "3.1.3, Eq. 2", model.caption)
     return rows

@@ -434,6 +434,9 @@ class Run:
         limit = f" or {args.minutes:g} minutes" if args.minutes else ""
         print0(f"batch {args.batch_size} = {self.world} process(es) x {self.accumulation_steps} "
                f"accumulation step(s) x {self.micro_batch} images; {self.steps} steps{limit}")
+        if self.steps < 1000 and not (args.steps or args.minutes):
+            print0(f"warning: so few steps learn little; for {num_items} items give more --epochs "
+                   f"({math.ceil(3000 / self.per_epoch)} are 3,000 steps) and a larger --val-every")
         if self.state is not None:
             self.optimizer.load_state_dict(self.state.pop("optimizer"))
             self.state.pop("model")  # of the largest model a gigabyte a process
@@ -641,7 +644,7 @@ def shared_flags(usage, description):
                    help="train the ResNet's conv1 and layer1 too, which ImageNet weights freeze")
 
     g = parser.add_argument_group("training")
-    g.add_argument("--batch-size", type=COUNT, default=32, help="images a step, in all processes")
+    g.add_argument("--batch-size", type=COUNT, default=32, help="items a step, in all processes")
     g.add_argument("--micro-batch", type=COUNT_OR_0, default=0,
                    help="images a process holds at once, the rest is accumulated; 0: its share")
     g.add_argument("--epochs", type=AMOUNT, default=200, help="passes over the training items")
@@ -651,7 +654,8 @@ def shared_flags(usage, description):
     g.add_argument("--lr", type=AMOUNT, default=1e-4, help="the transformer's learning rate")
     g.add_argument("--lr-backbone", type=AMOUNT, default=1e-5, help="the ResNet's learning rate")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
-                   help="step: x 0.1 for the last third (fine-tuning: after 1/2 and 3/4)")
+                   help="step: x 0.1 for the last third (fine-tuning: after 1/2 and 3/4; "
+                   "flickr30k: constant)")
     g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
     g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
@@ -692,7 +696,7 @@ def parse(argv):
                    help="of images whose objects are detected without a sentence")
     g.add_argument("--without", nargs="+", default=[], metavar="LOSS",
                    choices=("mlm", "itm", "detection", "attributes", "caption"),
-                   help="leave out (Table 3): mlm itm detection attributes caption")
+                   help="leave out: detection attributes caption (Table 3), mlm itm")
     g.add_argument("--no-object-weight", type=AMOUNT, metavar="WEIGHT",
                    help="of \"no object\" among the classes; default: what balances the objects of "
                    "the training set and the queries (DETR: 0.1)")

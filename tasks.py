@@ -31,7 +31,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy, add_captions,
-                  flip_and_crop, load_or_build_index, number, pad_tokens, read_boxes,
+                  flip_and_crop, load_or_build_index, number, pad_tokens, print0, read_boxes,
                   read_json, read_pairs, read_text, safe_name)
 from matcher import (boxes_in_pixels, detection_target, loss_normalizers, no_object_weight,
                      set_loss)
@@ -85,7 +85,7 @@ class Task:
     can = ()                          # what its checkpoint can be asked, see evaluate.Predictor
     modules = ("backbone", "sentence", "encoder", "classifier")  # of the model, those that train
     selection_metric = ("accuracy",)  # the sum of these says which checkpoint is best
-    settings = dict(batch_size=32, epochs=12, lr=1e-4, decay=[1 / 2, 3 / 4])  # section 5.1
+    settings = dict(batch_size=32, epochs=12, lr=1e-4, decay=[1 / 2, 3 / 4])  # VQA's in 5.1
     mini = dict(batch_size=16, minutes=4.0)                           # of the miniature world
     blind_examples = 1000             # so many, the first ones, are asked blind too
     by_sentence = False               # an epoch has each example with each of its own sentences
@@ -372,6 +372,9 @@ class VQA(Task):
         return labels
 
     def target(self, example):
+        """(answers,) soft targets of bottom-up-attention: .3, .6, .9 or 1 for an answer that 1, 2,
+        3 or more of ten people gave.
+        """
         target = np.zeros(len(self.labels), np.float32)
         share = 0.3 if len(example.answers) > 1 else 1.0
         for answer, n in Counter(map(normalise_answer, example.answers)).items():
@@ -664,7 +667,7 @@ def retrieval_scores(scores, owner):
 class Retrieval(Captioned):
     """Flickr30k, by ITM's head: find the image of a sentence, and the sentences of an image.
 
-    Section 5.1 takes its settings from ERNIE-ViL, whose released ones (PaddlePaddle/ERNIE,
+    Section 5.1 takes the circle loss from ERNIE-ViL, whose released settings (PaddlePaddle/ERNIE,
     ernie-vil/conf/flickr) are margin 0.3, scale 32, and 20 wrong images a sentence, drawn from the
     whole training set: it reads their features from a file. Here a further image would cost a pass
     of the ResNet, which learns. So wrong images are those of the batch, whose grids are there
@@ -878,6 +881,7 @@ class Detection(Task):
     def set_balance(self, mean_objects, queries):
         if self.no_object_weight is None:  # as in pre-training
             self.no_object_weight = no_object_weight(mean_objects, queries)
+            print0(f"no-object weight: {self.no_object_weight:.2f}")
 
     def augment_images(self, images, examples, rng):
         if self.augment == "none":
@@ -910,6 +914,7 @@ class Detection(Task):
         truth = msgspec.json.decode(msgspec.json.encode(instances))  # pycocotools wants lists
         for count, annotation in enumerate(truth["annotations"], 1):
             annotation["id"] = count  # pycocotools takes 0, and one twice, for no annotation
+            annotation["iscrowd"] = int(annotation["iscrowd"] or 0)
             if annotation["area"] is None:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         categories = sorted(truth["categories"], key=lambda category: category["id"])

@@ -606,6 +606,13 @@ def test_a_changed_file_of_ones_own_is_read_again_beside_a_runs_output(own, tmp_
         found = pretraining_index("", folder=str(tmp_path / "index"), say=[].append,
                                   pairs=str(tmp_path / "pairs.csv"), pairs_images=own.images)
         assert found["train"][0].sentences == [caption]
+    with open(tmp_path / "pairs.csv", "a") as file:
+        file.write("day1/new.jpg,a shoe,train\n")
+    for expected in (1, 2):  # an image that comes into a folder of the folder is seen
+        found = pretraining_index("", folder=str(tmp_path / "index"), say=[].append,
+                                  pairs=str(tmp_path / "pairs.csv"), pairs_images=own.images)
+        assert len(found["train"]) == expected
+        write_image(f"{own.images}/day1/new.jpg")
 
 
 def test_an_index_that_another_run_has_built_meanwhile_stays(files, tmp_path, monkeypatch):
@@ -641,11 +648,16 @@ def test_a_command_turns_errors_of_input_into_one_line(capsys):
     def stopped():
         raise KeyboardInterrupt
 
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
     assert data_module.command("data.py", bad) == 2
     assert data_module.command("data.py", stopped) == 130
-    first, second = capsys.readouterr().err.splitlines()
+    assert data_module.command("pretrain.py", too_large) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
     assert first.startswith("data.py: a\\nb\\x1b[2J\\ud800: xxx") and len(first) < 2100
     assert second == "data.py: stopped"
+    assert third.startswith("pretrain.py: CUDA out of memory. Hold fewer images at once (--micro-b")
     with pytest.raises(ZeroDivisionError):  # a bug must not look like an error of input
         data_module.command("data.py", lambda: 1 / 0)
 
@@ -716,6 +728,16 @@ def test_boxes_of_ones_own_are_of_the_files_that_the_records_name(own):
     assert [e.id for e in own.read()[0]] == [1, 3]
 
 
+def test_what_other_tools_write_beside_the_boxes_is_no_hindrance(own):
+    """A category of the project's name above all; iscrowd as true, false, null or a fraction."""
+    own.file["categories"].insert(0, {"id": 0, "name": "nut", "supercategory": "none"})
+    for annotation, iscrowd in zip(own.file["annotations"], (False, None, 0.0)):
+        annotation.update(iscrowd=iscrowd, category_id=9, segmentation=[], attributes={})
+    examples, names, notes = own.read()
+    assert names == ["Screw, M1", "nut"] and notes == ""
+    assert all(example.coco.labels == [1] for example in examples)
+
+
 @pytest.mark.parametrize("height,width,upright", [(100, 40, True), (40, 100, False)])
 def test_the_records_size_tells_whether_a_cameras_rotation_is_applied(own, height, width, upright):
     """A bitmap of 100 x 40 with EXIF's orientation 6: upright it is 40 wide and 100 high."""
@@ -776,11 +798,12 @@ def test_without_a_split_a_tenth_of_the_images_is_validated_on(tmp_path):
 
 
 @pytest.mark.parametrize("text,words", [
-    ("image,text\nc.jpg,b\n", "its first line must be image,caption or image,caption,split"),
+    ("image,text\nc.jpg,b\n", "line 2: Object missing required field `caption`; the first line"),
+    ("image,caption\nc.jpg,a red, round nut\n", "line 2: more fields than the first line has"),
     ("image,caption,split\nc.jpg,b,dev\n", "Invalid enum value 'dev'"),
     ('image,caption\n"c.jpg,a\n', "unexpected end of data"),
     ("image,caption\n../c.jpg,b\n", "leads out of its folder"),
-    ("image,caption,split\nc.jpg,b,val\n", "no pair of 'train' is left of 1 rows")])
+    ("image,caption,split\nc.jpg,b,val\n", "no pair of 'train' is left of 1 rows; a column split")])
 def test_pairs_that_cannot_be_used_are_one_line(own, tmp_path, text, words):
     path = str(tmp_path / "pairs.csv")
     write(path, text)

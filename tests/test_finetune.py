@@ -273,6 +273,10 @@ def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_
     assert json.loads(scores.read_text()) == pytest.approx(state["scores"], abs=1e-6)
     assert {result["category_id"] for result in json.loads(submitted.read_text())} <= {1, 2, 3}
     ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
+    # A pre-trained checkpoint finds none of these classes, and says so
+    done = run_command("evaluate.py", "--task", "detection", "--checkpoint", pretrained,
+                       "--val-annotations", tmp_path / "val.json", "--val-images", tmp_path / "val")
+    assert done.returncode == 2 and "the class 'red, M1' of the data is not" in done.stderr
 
 
 def test_a_class_that_only_validation_has_is_one_line(pretrained, tmp_path, capsys):

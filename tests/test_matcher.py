@@ -155,8 +155,9 @@ def test_predictions_that_are_not_finite_are_matched_last_and_the_loss_is_not_fi
 
 
 def test_no_object_weighs_what_balances_objects_and_queries():
-    """About DETR's 0.1 for COCO's 7.3 objects; and in the loss both sides then weigh the same."""
-    assert no_object_weight(7.3, 100) == pytest.approx(7.3 / 92.7)
+    """DETR's 0.1 for COCO's 7.3 objects; and in the loss both sides then weigh the same."""
+    assert no_object_weight(7.3, 100) == no_object_weight(1, 100) == 0.1
+    assert no_object_weight(20, 100) == pytest.approx(20 / 80)
     weight = no_object_weight(3.0, 8)
     outputs, targets = random_case((2, 4))
     _, class_weight, _ = loss_normalizers(targets, 8, weight)
