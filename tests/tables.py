@@ -319,9 +319,13 @@ def write(path, found):
 
 
 def commit():
-    """The source that is run."""
-    return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT,
-                          capture_output=True, text=True).stdout.strip()
+    """The source that is run; what the tables write beside it makes it no other."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "*.py")
+    return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
 
 
 def machine():
