@@ -8,6 +8,7 @@ is resized.
 
 import argparse
 import csv
+import functools
 import glob
 import hashlib
 import io
@@ -911,8 +912,11 @@ def decodable(examples, say=print):
     return good
 
 
+@functools.lru_cache
 def mean_image(files):
-    """What a blind model sees: a PIL image, the mean of these, each squeezed to 64 x 64."""
+    """What a blind model sees: a PIL image, the mean of these, each squeezed to 64 x 64. files: a
+    tuple, so that not each validation reads them anew.
+    """
     total = sum(np.array(load_image(file).resize((64, 64)), np.float64) for file in files)
     return Image.fromarray((total / len(files)).round().astype(np.uint8))
 

@@ -84,7 +84,7 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
     """
     model.eval()
     task.start(examples, tokenizer)
-    mean = mean_image([example.files[0] for example in examples[:500]]) if blind else None
+    mean = mean_image(tuple(example.files[0] for example in examples[:500])) if blind else None
     about = defaultdict(list)  # the examples about one image: its backbone runs once
     for i, example in enumerate(examples):
         about[tuple(example.files)].append(i)
@@ -285,7 +285,7 @@ def prepare_probes(tokenizer, names, examples):
     """What `measure` asks at each validation: (Grounding, each image's probe, the mean image)."""
     grounding = Grounding(names, examples)
     probes = [make_probe(examples, i, grounding, tokenizer) for i in range(len(examples))]
-    return grounding, probes, mean_image([example.files[0] for example in examples[:500]])
+    return grounding, probes, mean_image(tuple(example.files[0] for example in examples[:500]))
 
 
 def probes_right(model, tokenizer, grid, probes, kind):
