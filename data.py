@@ -1011,7 +1011,8 @@ def init_processes(device, timeout=30.0):
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device == "cuda":
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
         if here > gpus:
             raise InputError(f"--device cuda: {here} processes for {gpus} GPUs; start no more "
                              "processes than there are GPUs, or give --device cpu")
