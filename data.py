@@ -671,7 +671,7 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     # Of one's own folders also those in them: os.walk gives nothing for a file
     own = [parent for path in sources for parent, _, _ in os.walk(path, followlinks=True)]
     for path in [*sources, *own] or official:
-        if os.path.exists(path) and not path.startswith(folder.rstrip("/")):
+        if os.path.exists(path) and not f"{path}/".startswith(f"{folder.rstrip('/')}/"):
             status = os.stat(path)
             state.append((path, status.st_size, status.st_mtime_ns))
     path = f"{folder}/{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
@@ -1042,17 +1042,22 @@ def gather(value):
     return values
 
 
+def raise_in_all(problem):
+    """InputError in all processes, if one has a problem: a message, "" is none."""
+    problem = max(gather(problem))
+    if problem:
+        raise InputError(problem)
+
+
 def on_first_process(function):
     """Call a function in each host's first process; its InputError is raised in all."""
-    problem = None
+    problem = ""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
             function()
         except InputError as error:
             problem = str(error)
-    problem = next(filter(None, gather(problem)), None)
-    if problem:
-        raise InputError(problem)
+    raise_in_all(problem)
 
 
 def print0(*words):

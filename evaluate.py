@@ -37,7 +37,8 @@ from tqdm import tqdm
 from data import (HelpFormatter, InputError, Tokenizer, command,
                   decodable, gather, ignore_signals, init_processes, load_image, mask_tokens,
                   mean_image, name_of, number, other_sentence, pad_images, pad_tokens,
-                  pretraining_index, print0, read_text, resized, to_pixels, to_rgb)
+                  pretraining_index, print0, raise_in_all, read_text, resized, to_pixels,
+                  to_rgb)
 from matcher import boxes_in_pixels, detection_target, hungarian_match, to_device
 from model import build_model, load_checkpoint
 from tasks import TASKS, best_boxes, detection_scores, make_task
@@ -104,10 +105,8 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
             answers.update(zip(numbers, found))
     except InputError as error:  # an image that one process cannot read ends them all
         problem = str(error)
-    shares, problems = zip(*gather((answers, problem)))
-    if any(problems):
-        raise InputError(max(problems))
-    for share in shares:
+    raise_in_all(problem)
+    for share in gather(answers):
         answers.update(share)
     return [answers[i] for i in range(len(examples))]
 

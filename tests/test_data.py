@@ -577,7 +577,7 @@ def test_the_index_is_built_again_only_when_a_source_changes(files, monkeypatch)
     reads = []
     monkeypatch.setattr(data_module, "read_pretraining",
                         lambda *words: reads.append(1) or read_pretraining(*words))
-    folder = f"{files.folder}/index"  # in the data folder: it is not its own source
+    folder = f"{files.folder}/co"  # in the data folder: it is not its own source, but coco is
 
     def index():
         notes = []
