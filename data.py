@@ -79,12 +79,10 @@ class Tokenizer:
 
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of ids, at most max_tokens of them."""
+        if sentence and not self.ordinary:
+            raise InputError("DETR's weights know no words; leave the sentence away, give --text "
+                             "none, or pre-train from them first (pretrain.py --init)")
         return self.wordpiece.encode(sentence).ids
-
-    def encode_with_offsets(self, sentence):
-        """(tokens, [(start, end) of each in characters; (0, 0) for [CLS] and [SEP]])."""
-        encoding = self.wordpiece.encode(sentence)
-        return encoding.ids, encoding.offsets
 
     def is_too_long(self, sentence):
         """Whether `encode` cuts its end off."""
@@ -346,7 +344,7 @@ def images_with_records(path, folder, images, complete, say):
     """
     files = find_files(folder, [safe_name(image.file_name, path) for image in images])
     examples, file_names = {}, {}
-    missing, other_size = [], []
+    missing = []
     for image in tqdm(images, "image sizes", disable=None, leave=False):
         if file_names.setdefault(image.id, image.file_name) != image.file_name:
             raise InputError(f"{path}: image id {image.id} stands for {file_names[image.id]} and "
@@ -358,8 +356,8 @@ def images_with_records(path, folder, images, complete, say):
         size = image.height, image.width
         stored, turned = size_of(file)
         if stored is not None and size not in (stored, turned):
-            other_size.append(f"{file} has {stored[1]} x {stored[0]} pixels, its record "
-                              f"{image.width} x {image.height}")
+            raise InputError(f"{path}: {file} has {stored[1]} x {stored[0]} pixels, its record "
+                             f"{image.width} x {image.height}: boxes would be wrong")
         examples[image.id] = Example(image.id, [file], size, upright=size != stored,
                                      coco=Objects([], []))
     if missing:
@@ -367,9 +365,6 @@ def images_with_records(path, folder, images, complete, say):
         if complete or not examples:
             raise InputError(f"{problem}; a score needs all, a training some")
         say(f"{problem}; left out")
-    if other_size:
-        raise InputError(f"{path}: the sizes of {len(other_size)} images are not those of their "
-                         f"files, so boxes would be wrong; the first: {other_size[0]}")
     return examples
 
 
@@ -398,25 +393,18 @@ def read_pairs(path, folder, split, say=print):
     if path.endswith(".jsonl"):
         pairs = read_json(path, Pair, lines=True)
     else:
-        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True, restval="",
-                              restkey="too many")
-        pairs = []
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True, restval="")
         try:
-            for row in rows:
-                if "too many" in row:
-                    raise InputError(f"{path}, line {rows.line_num}: more fields than the first "
-                                     "line has; put a caption with commas in double quotes")
-                pairs.append(msgspec.convert(row, Pair))
+            pairs = [msgspec.convert(row, Pair) for row in rows]
         except (csv.Error, msgspec.MsgspecError) as error:
             raise InputError(f"{path}, line {rows.line_num}: {error}; the first line must be image,"
-                             "caption or image,caption,split, and split train, val, test or "
-                             "nothing") from None
-    names = [safe_name(pair.image, path) for pair in pairs]
+                             "caption or image,caption,split, split train, val, test or nothing, "
+                             "and a caption with commas in double quotes") from None
+    names = [os.path.normpath(safe_name(pair.image, path)) for pair in pairs]
     files = dict(zip(names, names)) if folder == "" else find_files(folder, names)
     counts = Counter()
     examples = {}
-    for pair in pairs:
-        name = pair.image
+    for pair, name in zip(pairs, names):
         by_hash = hashlib.sha256(name.encode()).digest()[0] % 10 == 0
         if split != (pair.split or ("val" if by_hash else "train")):
             continue
@@ -661,6 +649,18 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     if not os.path.isdir(data or ""):
         raise InputError(f"--data {data}: no such folder; see the README's data tree")
     folder = folder or f"{data}/.index"
+
+    def cannot_write(error):
+        return InputError(f"--index {folder}: cannot be written ({error.strerror}); give another "
+                          "folder, with space in it")
+
+    def make_folder():
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(error) from None
+
+    on_first_process(make_folder)  # first of all, since it changes the time of the folder above
     root = glob.escape(data)
     official = sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*"))
     # What trainings write, if their --output is in the data folder, is no source
@@ -669,7 +669,8 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
     official = [path for path in official if not runs & {path, os.path.dirname(path)}]
     state = [INDEX_VERSION, os.path.abspath(data)]
     # Of one's own folders also those in them: os.walk gives nothing for a file
-    own = [parent for path in sources for parent, _, _ in os.walk(path, followlinks=True)]
+    own = [parent for path in sources for parent, _, files in os.walk(path, followlinks=True)
+           if "log.jsonl" not in files]
     for path in [*sources, *own] or official:
         if os.path.exists(path) and not f"{path}/".startswith(f"{folder.rstrip('/')}/"):
             status = os.stat(path)
@@ -695,8 +696,7 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
             os.rename(unfinished, path)
         except OSError as error:
             if not os.path.isdir(path):  # else another run was faster
-                raise InputError(f"--index {folder}: cannot be written ({error.strerror}); give "
-                                 "another folder, with space in it") from None
+                raise cannot_write(error) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -794,6 +794,7 @@ def load_image(file, short=None, long=None, upright=True):
                 image.draft(None, (width, height))
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
+            image.info.pop("exif", None)  # nobody is to apply it once more
             return to_rgb(image)
     except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{file}: cannot be read ({error}); images are of kind "
@@ -840,7 +841,9 @@ def size_of(file):
     try:
         with Image.open(file, formats=FORMATS) as image:
             stored = image.height, image.width
-            quarter_turn = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            # PNG's own getexif would decode the whole image
+            rotation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            quarter_turn = rotation in (5, 6, 7, 8)
             return stored, stored[::-1] if quarter_turn else stored
     except FileNotFoundError:
         raise InputError(f"{file}: not there; unpack the images there") from None
@@ -1067,19 +1070,6 @@ def print0(*words):
         sys.stdout.flush()
 
 
-class NotedSignal:
-    """Notes SIGNALS; the training loop looks once a step. A second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for noted in SIGNALS:
-            signal.signal(noted, self.note)
-
-    def note(self, number, frame):
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def ignore_signals(worker):
     """For loader workers, which are signalled too: the training needs them to finish a step."""
     for noted in SIGNALS:
@@ -1109,7 +1099,7 @@ def command(script, work):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on each host: the problem may be its own
         print(f"{script}: {message}", file=sys.stderr, flush=True)
     return code
 
@@ -1122,7 +1112,7 @@ def add_source_flags(group):
     """What all commands that train have: where their data lies."""
     group.add_argument("--data", default="data", metavar="DIR", help="folder of official files")
     group.add_argument("--index", metavar="DIR",
-                       help="folder of the data's index (default: .index beside the data)")
+                       help="folder of the data's index (default: .index in it)")
     group.add_argument("--pairs", metavar="FILE", help="images with captions of your own, .csv or "
                        ".jsonl: image, caption and perhaps split")
     group.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")
@@ -1144,20 +1134,13 @@ def main(argv=None):
 
     def work():
         args = parser.parse_args(argv)
-        known = None
-        for split in ("train", "val"):
-            path = getattr(args, f"{split}_annotations")
-            if not path:
-                continue
-            examples, names, _ = read_boxes(path, getattr(args, f"{split}_images"),
+        own = [split for split in ("train", "val") if getattr(args, f"{split}_annotations")]
+        for split in own:
+            examples, names, _ = read_boxes(getattr(args, f"{split}_annotations"),
+                                            getattr(args, f"{split}_images"),
                                             complete=split == "val")
             describe(split, list(examples.values()), {"coco": names})
-            known = known or names
-            unknown = [name for name in names if name not in known]
-            if unknown:
-                raise InputError(f"{path}: the category {unknown[0]!r} is not in the training "
-                                 f"file, which has {', '.join(known)[:500]}")
-        if known:
+        if own:
             return
         sets = [name for name in ("coco", "vg") if os.path.isdir(f"{args.data}/{name}")]
         data = pretraining_index(args.data, sets, args.index, pairs=args.pairs,

@@ -69,12 +69,19 @@ class EvaluationSet(Dataset):
 
 def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers=0, rank=0, world=1,
                        mean=None):
-    """EvaluationSet's batches of this process's share of `numbers`, similar shapes together."""
+    """EvaluationSet's batches of this process's share of `numbers`, similar shapes together.
+    Collective: InputError in all processes, once each has done its share, if one has met any.
+    """
     numbers = sorted(numbers, key=lambda i: examples[i].size[1] / examples[i].size[0])[rank::world]
     batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
     loader = DataLoader(EvaluationSet(examples, short, long, mean), batch_size=None,
                         sampler=batches, num_workers=workers, worker_init_fn=ignore_signals)
-    yield from tqdm(loader, "evaluating", disable=None if rank == 0 else True, leave=False)
+    problem = ""
+    try:
+        yield from tqdm(loader, "evaluating", disable=None if rank == 0 else True, leave=False)
+    except InputError as error:  # an image that one process cannot read ends them all
+        problem = str(error)
+    raise_in_all(problem)
 
 
 @torch.no_grad()
@@ -90,22 +97,18 @@ def predict(task, model, tokenizer, examples, *, device="cpu", amp=False, blind=
     for i, example in enumerate(examples):
         about[tuple(example.files)].append(i)
     about = {numbers[0]: numbers for numbers in about.values()}
-    answers, problem = {}, ""
-    batches = evaluation_batches(examples, about, rank=rank, world=world, mean=mean, **loading)
-    try:
-        for firsts, images, sizes, padded in batches:
-            numbers = [i for first in firsts for i in about[first]]
-            asked = [examples[i] for i in numbers]
-            tokens = [tokenizer.encode(task.sentences([example])[0]) for example in asked]
-            image = [row for row, first in enumerate(firsts) for _ in about[first]]
-            batch = {"images": images, "sizes": sizes, "padded": padded,
-                     "image": torch.tensor(image), "tokens": pad_tokens(tokens, tokenizer.pad)}
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-                found = task.answer(model, to_device(batch, device), asked, tokenizer)
-            answers.update(zip(numbers, found))
-    except InputError as error:  # an image that one process cannot read ends them all
-        problem = str(error)
-    raise_in_all(problem)
+    answers = {}
+    for firsts, images, sizes, padded in evaluation_batches(examples, about, rank=rank,
+                                                            world=world, mean=mean, **loading):
+        numbers = [i for first in firsts for i in about[first]]
+        asked = [examples[i] for i in numbers]
+        tokens = [tokenizer.encode(task.sentences([example])[0]) for example in asked]
+        image = [row for row, first in enumerate(firsts) for _ in about[first]]
+        batch = {"images": images, "sizes": sizes, "padded": padded,
+                 "image": torch.tensor(image), "tokens": pad_tokens(tokens, tokenizer.pad)}
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            found = task.answer(model, to_device(batch, device), asked, tokenizer)
+        answers.update(zip(numbers, found))
     for share in gather(answers):
         answers.update(share)
     return [answers[i] for i in range(len(examples))]
@@ -248,7 +251,8 @@ def make_probe(examples, index, grounding, tokenizer):
     count = min(4, len(example.sentences))
     for i, place in enumerate(rng.sample(range(len(example.sentences)), count)):
         sentence = example.sentences[place]
-        tokens, spans = tokenizer.encode_with_offsets(sentence)
+        encoding = tokenizer.wordpiece.encode(sentence)
+        tokens, spans = encoding.ids, encoding.offsets  # in characters; of [CLS] and [SEP] (0, 0)
         make_false = (index + i) % 2 == 1
 
         labels = mask_tokens(tokens, tokenizer, rng)[1]
@@ -415,7 +419,7 @@ def measure(model, tokenizer, names, examples, probes, *, without=(), device="cp
 
             # Captions, by greedy search
             captions = [] if "caption" in without else model.generate(alone)
-            for (pieces, _), example in zip(captions, batch):
+            for pieces, example in zip(captions, batch):
                 facts = grounding.facts(example)
                 if facts is not None:
                     caption = tokenizer.decode(pieces)
@@ -495,16 +499,13 @@ class Predictor:
         grid = self.model.encode_image(pixels.to(self.device), sizes.to(self.device), padded)
         if sentence is None:
             return grid, None
-        if not self.tokenizer.ordinary:
-            raise InputError(f"{self.source}: has DETR's weights, and knows no words; leave the "
-                             "sentence away")
         return grid, torch.tensor([self.tokenizer.encode(sentence)], device=self.device)
 
     def caption(self, image, beam=4):
         """A sentence, by beam search."""
         self.require("caption")
         memory = self.model.encode(*self.encode(image))
-        (pieces, _), = self.model.generate(memory, beam=beam)
+        (pieces,) = self.model.generate(memory, beam=beam)
         return self.tokenizer.decode(pieces)
 
     def detect(self, image, threshold=0.5, sentence=None):
@@ -713,7 +714,7 @@ def parse(argv):
     mode.add_argument("--curves", nargs="+", metavar="RUN", help="draw the curves of runs' folders")
     parser.add_argument("--output", metavar="DIR", help="folder for drawings")
     parser.add_argument("--json", metavar="FILE", help="write the measures, or answers, to it")
-    parser.add_argument("--beam", type=number(int, 1, 1000), default=4, help="captions: beams")
+    parser.add_argument("--beam", type=number(int, 1, 20), default=4, help="captions: beams")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="mixed precision")
@@ -723,7 +724,7 @@ def parse(argv):
     g.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")
     g.add_argument("--val-images", metavar="DIR", help="those of --val-annotations")
     g.add_argument("--index", metavar="DIR",
-                   help="folder of the data's index (default: .index beside the data)")
+                   help="folder of the data's index (default: .index in it)")
     g.add_argument("--split", help="train, val (default), test; vqa also test-dev. With --score: "
                    "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")

@@ -191,6 +191,8 @@ def parse(argv):
     args, state = parse_resumed(parser, argv, fixed=(
         *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "augment",
         "train_splits"))
+    if args.train_annotations or args.val_annotations:  # boxes of one's own have no captions
+        args.text = "none"
     if state is None and not (args.task and args.init):
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume FILE")
     return args, state
@@ -218,10 +220,10 @@ def initial_model(args, task, names):
         config = replace(config, classes={**config.classes, "coco": len(names["coco"])})
         for part in ("weight", "bias"):
             state["model"].pop(f"classes.coco.{part}", None)
+    if names.get("answers") != state["names"].get("answers"):  # outputs of another meaning
+        state["model"] = {name: tensor for name, tensor in state["model"].items()
+                          if not name.startswith("classifier.")}
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
-    if "sentence" in task.modules and not tokenizer.ordinary:
-        raise InputError(f"--init {args.init}: has DETR's weights, and knows no words; give --text "
-                         "none, or pre-train from it first (pretrain.py --init)")
     torch.manual_seed(args.seed)  # the same new weights in each process
     model = E2EVLP(replace(config, dropout=args.dropout, train_stem=args.train_stem, **more))
     load_pretrained(model, state["model"], print0)
@@ -340,13 +342,11 @@ def finetune(args, state):
     if run.rank == 0:
         task.score(answers, val[:2], args.data, "val")
 
-    def validation_due(step):
-        return step / run.per_epoch // args.val_every > (step - 1) / run.per_epoch // args.val_every
-
     objective = FineTuning(model, task, freeze_backbone=not args.lr_backbone)
     weights = {**LOSS_WEIGHTS, **dict.fromkeys(task.logged, 0.0)}
     code = train(run, objective, loader, optimizer, weights,
-                 functools.partial(validate, run, task, val), validation_due)
+                 functools.partial(validate, run, task, val),
+                 max(1, round(args.val_every * run.per_epoch)))
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: "

@@ -166,18 +166,19 @@ class Backbone(nn.Module):
         # over the border into the image, so an image's result would depend on its batch. Setting
         # the padding back to zero before each layer that looks at its neighbours makes it equal to
         # the border that the image would have alone. 1x1 convolutions need nothing.
-        self.masks = None
-        level = 0  # how often the sides have been halved before a layer
+        self.mask = None
+        step = 1  # pixels of the image a cell of a layer's input
         for module in self.resnet.modules():
             looks = isinstance(module, (nn.Conv2d, nn.MaxPool2d))
             if looks and module.kernel_size not in (1, (1, 1)):
-                module.level = level
+                module.step = step
                 module.register_forward_pre_hook(self.zero_padding)
-                level += module.stride in (2, (2, 2))
+                step *= 2 if module.stride in (2, (2, 2)) else 1
 
     def zero_padding(self, module, inputs):
-        if self.masks is not None:
-            return inputs[0] * self.masks[module.level].to(inputs[0].dtype)
+        if self.mask is not None:
+            mask = self.mask[:, None, ::module.step, ::module.step]
+            return inputs[0] * mask.to(inputs[0].dtype)
 
     def forward(self, images, sizes, padded=True, recompute=False):
         """images (B, 3, H0, W0) uint8 RGB, padded right and below; sizes (B, 2) int64, the true
@@ -195,24 +196,17 @@ class Backbone(nn.Module):
         rows = torch.arange(H0, device=device)[:, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=device)[None] < sizes[:, 1, None, None]     # (B, 1, W0)
         mask = rows & columns                                                         # (B, H0, W0)
-        levels = [mask[:, None]]  # of each number of halvings: (B, 1, rows, columns)
-        for _ in range(5 if self.resnet.layer4 is not None else 4):
-            mask = mask[:, ::2, ::2]  # a layer of stride 2 gives ceil(h / 2) rows: 0, 2, 4 ...
-            levels.append(mask[:, None])
-        self.masks = masks = levels if padded else None
-
-        def masked(block, x):
-            self.masks = masks  # set again: with recompute the block runs in the backward pass too
-            return block(x)
-
+        # Kept after the forward pass: with recompute the blocks run in the backward pass too
+        self.mask = mask if padded else None
         net = self.resnet
         x = (images.float() / 255 - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))               # (B, 64, H0 / 4, W0 / 4)
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4 or ()):
             for block in stage:  # the first block of each stage but layer1 halves the sides
-                x = maybe_checkpoint(masked, block, x, enabled=recompute and self.frozen)
-        self.masks = None
+                x = maybe_checkpoint(block, x, enabled=recompute and self.frozen)
+        # A layer of stride 2 gives ceil(h / 2) rows: 0, 2, 4 ...
+        mask = mask[:, ::self.stride, ::self.stride]
         return self.project(x), mask                                   # (B, D, H, W), (B, H, W)
 
     def load_weights(self, weights):
@@ -650,12 +644,14 @@ class E2EVLP(nn.Module):
 
         memory: encoding of B images alone (`encode(grid)`). alpha: length penalty, a score is the
         log probability divided by ((5 + length) / 6) ** alpha (Wu et al. 2016); length counts the
-        words and [SEP]. An image's search ends when nothing can become better than what has ended.
-        cache: keep keys and values of earlier words (the same result, faster). Returns B pairs
-        (word pieces without [CLS] and [SEP], score).
+        words and [SEP]. Greedy search compares no lengths: there alpha is 0. An image's search
+        ends when nothing can become better than what has ended. cache: keep keys and values of
+        earlier words (the same result, faster). Returns B lists of word pieces, without [CLS] and
+        [SEP].
         """
         c = self.config
         B, device = len(memory.states), memory.states.device
+        alpha = alpha if beam > 1 else 0.0
         longest = (max_tokens or c.max_tokens) - 1
         tokens = torch.full((B * beam, 1), c.cls, device=device)                 # row b * beam + j
         prefixes = [[] for _ in range(B * beam)]                                 # on the host
@@ -673,7 +669,7 @@ class E2EVLP(nn.Module):
             total = scores[:, :, None] + log_p.view(B, beam, -1)                 # (B, beam, V)
             V = total.shape[2]
             # 2 * beam candidates are enough for beam of them to go on: a beam ends in one way only.
-            best, place = total.flatten(1).topk(min(2 * beam, beam * V), dim=1)
+            best, place = total.flatten(1).topk(2 * beam, dim=1)
             best, place = best.tolist(), place.tolist()  # (B, 2 * beam): one wait for the device
 
             penalty = ((5 + length) / 6) ** alpha
@@ -682,8 +678,6 @@ class E2EVLP(nn.Module):
                 live = []
                 for rank, (score, at) in enumerate(zip(best[b], place[b])):
                     row, word = b * beam + at // V, at % V
-                    if score == -math.inf:
-                        continue
                     if word == c.sep:
                         if rank < beam and not done[b]:
                             finished[b].append((score / penalty, prefixes[row]))
@@ -691,7 +685,6 @@ class E2EVLP(nn.Module):
                         live.append((score, row, word))
                         if length == longest and not done[b]:                    # no room for [SEP]
                             finished[b].append((score / penalty, [*prefixes[row], word]))
-                live += [(-math.inf, b * beam, c.sep)] * (beam - len(live))      # nothing left
                 going_on += live
                 # What goes on cannot end better than its score now under the mildest penalty.
                 bound = live[0][0] / ((5 + longest) / 6) ** max(alpha, 0)
@@ -706,8 +699,7 @@ class E2EVLP(nn.Module):
             if cache and beam > 1:  # a beam may go on from another one's prefix
                 for layer in caches:
                     layer["words"] = tuple(t[rows] for t in layer["words"])
-        best = [max(pairs, key=lambda pair: pair[0]) for pairs in finished]
-        return [(pieces, score) for score, pieces in best]
+        return [max(pairs, key=lambda pair: pair[0])[1] for pairs in finished]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -795,15 +787,10 @@ def load_pretrained(model, state, say=print):
     own = model.state_dict()
     fitting = {k: v for k, v in state.items()
                if k in own and own[k].shape == getattr(v, "shape", None)}
-    for key in own:
-        if key not in state:
-            say(f"  not in the checkpoint, starts anew: {key}")
-        elif key not in fitting:
-            say(f"  of another shape in the checkpoint, starts anew: {key}")
-    for key in state:
-        if key not in own:
-            say(f"  in the checkpoint but not used: {key}")
-    model.load_state_dict(fitting, strict=False)
+    for key in model.load_state_dict(fitting, strict=False).missing_keys:
+        say(f"  not in the checkpoint, or of another shape; starts anew: {key}")
+    for key in state.keys() - own.keys():
+        say(f"  in the checkpoint but not used: {key}")
     loaded, anew = {}, {}
     for name, parameter in model.named_parameters():
         counts = loaded if name in fitting else anew

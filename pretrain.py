@@ -12,8 +12,8 @@ log); flags; the run.
 `--output` gets log.jsonl, last.pt (all that is needed to use the model or to go on), and at each
 validation curves.png and sheet.png (held-out images: truth beside answer). `--mini` is only a set
 of other defaults, see `MINI`; a flag that is given wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish
-the step and write last.pt; `--resume` ends with the weights of a run that never stopped (with
---minutes the clock decides).
+the step and write last.pt; `--resume` ends with the weights of a run that never stopped (on a CPU;
+with --minutes the clock decides).
 """
 
 import argparse
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 import warnings
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import shapes
-from data import (LONG_SIDE, SHORT_SIDES, HelpFormatter, InputError, NotedSignal, Objects,
+from data import (LONG_SIDE, SHORT_SIDES, SIGNALS, HelpFormatter, InputError, Objects,
                   Tokenizer, add_source_flags, command, decodable, describe, gather,
                   ignore_signals, init_processes, load_images, mask_tokens, number,
                   on_first_process, other_sentence, pad_images, pad_tokens, pretraining_index,
@@ -295,12 +296,12 @@ def rate_factor(args, step, progress):
     return warm * 0.1 ** sum(progress >= share for share in args.decay)
 
 
-def train(run, objective, loader, optimizer, weights, validate, validation_due):
+def train(run, objective, loader, optimizer, weights, validate, val_steps):
     """The training loop of both stages. Returns the exit code.
 
     objective: a module with `normalizers(batch)`, whose forward(batch, normalizers) gives named
     losses; loader: endless micro-batches; weights: {name of a loss: its weight}; validate():
-    measures and logs; validation_due(step).
+    measures and logs; val_steps: between two validations, 0: only one, at the end.
     """
     args = run.args
     parallel = run.parallel(objective)
@@ -310,12 +311,11 @@ def train(run, objective, loader, optimizer, weights, validate, validation_due):
     if run.ended and run.progress >= 1:
         print0(f"{args.resume}: has ended; more --steps, --epochs or --minutes would go on")
         return 0
-    signals = NotedSignal()
     run.start_clock()
     while run.progress < 1:
         # The batch, and what its losses are divided by, summed over micro-batches and processes.
         # The first process's clock and a noted signal travel along: all processes must agree.
-        micro_batches, normalizers, signal_number = run.next_step(objective, batches, signals)
+        micro_batches, normalizers, signal_number = run.next_step(objective, batches)
         if signal_number:
             break
 
@@ -350,7 +350,7 @@ def train(run, objective, loader, optimizer, weights, validate, validation_due):
 
         # Log, validate, save
         run.log_step(sums, weights, grad_norm)
-        if validation_due(run.step) and run.progress < 1:
+        if val_steps and run.step % val_steps == 0 and run.progress < 1:
             run.validate(validate)
             parallel.train()
         if time.time() - run.saved > 60 * args.checkpoint_minutes:
@@ -466,7 +466,15 @@ class Run:
         parallel.broadcast_buffers = False
         return parallel
 
+    def note_signal(self, number, frame):
+        """The loop looks once a step. A second Ctrl-C ends at once."""
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def start_clock(self):
+        self.signal = 0
+        for noted in SIGNALS:
+            signal.signal(noted, self.note_signal)
         self.started = time.time() - self.seconds
         self.saved = self.logged = time.time()
         self.logged_step = self.step
@@ -477,7 +485,7 @@ class Run:
         minutes = self.args.minutes
         return max(self.step / self.steps, self.seconds / (minutes * 60) if minutes else 0)
 
-    def next_step(self, objective, batches, signals):
+    def next_step(self, objective, batches):
         """(the step's micro-batches, the normalizers, the number of a signal that any process has
         noted).
         """
@@ -493,7 +501,7 @@ class Run:
         counts = [float(sum(column)) for column in counts]
 
         clock = time.time() - self.started
-        told = gather((clock, len(broken), problem, signals.number, counts))
+        told = gather((clock, len(broken), problem, self.signal, counts))
         clocks, broken, problems, numbers, counts = zip(*told)
         if any(problems):
             raise InputError(max(problems))
@@ -512,8 +520,7 @@ class Run:
         args, step = self.args, self.step
         if step % args.log_every and step != 1 and self.progress < 1:
             return
-        shares = gather([float(value) for value in sums.values()])
-        losses = dict(zip(sums, map(sum, zip(*shares))))
+        losses = self.total(sums)
         total = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         speed = (step - self.logged_step) * args.batch_size / (time.time() - self.logged)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -551,14 +558,20 @@ class Run:
                             self.tokenizer.vocabulary, self.names, args=flags, step=self.step,
                             seconds=self.seconds, broken=self.broken,
                             log_size=os.path.getsize(self.log_file), **more)
-        self.saved = time.time()
+        if name == "last.pt":  # the only one that a run goes on from
+            self.saved = time.time()
+
+    def total(self, sums):
+        """{name of a loss: its sum over the processes}."""
+        shares = gather([float(value) for value in sums.values()])
+        return dict(zip(sums, map(sum, zip(*shares))))
 
     def stop_not_finite(self, sums, micro_batches):
         """End the run at the first loss that is not finite, with a checkpoint of before."""
         ids = sum(gather([i for batch in micro_batches for i in batch["ids"]]), [])
         if all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
             self.save()  # else batch norm's statistics are spoilt, and the former one stays
-        values = ", ".join(f"{name} {float(value):.3g}" for name, value in sums.items())
+        values = ", ".join(f"{name} {value:.3g}" for name, value in self.total(sums).items())
         raise InputError(f"step {self.step}: the loss or its gradient is not finite ({values}); "
                          f"images: {', '.join(map(str, ids))}; {self.last}, if it is there, is of "
                          "before: try a lower --lr")
@@ -591,6 +604,7 @@ COUNT = number(int, 1, 10**6)
 COUNT_OR_0 = number(int, 0, 10**9)
 SHARE = number(float, 0, 1)
 AMOUNT = number(float, 0, 1e9)
+MORE_THAN_0 = number(float, 1e-9, 1e9)
 
 
 def named_weight(text):
@@ -647,7 +661,7 @@ def shared_flags(usage, description):
     g.add_argument("--batch-size", type=COUNT, default=32, help="items a step, in all processes")
     g.add_argument("--micro-batch", type=COUNT_OR_0, default=0,
                    help="images a process holds at once, the rest is accumulated; 0: its share")
-    g.add_argument("--epochs", type=AMOUNT, default=200, help="passes over the training items")
+    g.add_argument("--epochs", type=MORE_THAN_0, default=200, help="passes over the training items")
     g.add_argument("--steps", type=COUNT_OR_0, default=0, help="end here; 0: --epochs decides")
     g.add_argument("--minutes", type=AMOUNT, default=0,
                    help="time limit of training, for the schedule too; 0: none")
@@ -658,7 +672,7 @@ def shared_flags(usage, description):
                    "flickr30k: constant)")
     g.add_argument("--warmup", type=COUNT_OR_0, default=0, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=AMOUNT, default=1e-4, help="AdamW's")
-    g.add_argument("--clip", type=AMOUNT, default=0.1, help="largest norm of the gradient")
+    g.add_argument("--clip", type=MORE_THAN_0, default=0.1, help="largest norm of the gradient")
     g.add_argument("--seed", type=number(int, 0, 2**62), default=0, help="of all that is drawn")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:N or mps")
@@ -802,8 +816,8 @@ def pretrain(args, state):
     if args.mini and not args.pairs and not os.path.exists(args.data):
         print0(f"writing the miniature world to {args.data}")
         on_first_process(lambda: shapes.write_world(args.data))
-    if args.pairs and not {"detection", "attributes"}.issubset(args.without):
-        raise InputError("--pairs: has no boxes; give --without detection attributes")
+    if args.pairs:  # they have no boxes
+        args.without = sorted({*args.without, "detection", "attributes"})
     data = pretraining_index(args.data, args.sets, args.index, print0, args.pairs,
                              args.pairs_images)
     names = data["names"]
@@ -859,8 +873,7 @@ def pretrain(args, state):
         print0(f"see {args.output}/curves.png and sheet.png")
 
     objective = Pretraining(model, args.no_object_weight)
-    return train(run, objective, loader, optimizer, weights, validate,
-                 lambda step: args.val_every and step % args.val_every == 0)
+    return train(run, objective, loader, optimizer, weights, validate, args.val_every)
 
 
 def main(argv=None):

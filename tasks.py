@@ -8,9 +8,9 @@ is officially scored, its result file.
     flickr30k  [CLS] sentence [SEP] image        circle loss over sampled pairs      IR@1 + TR@1
     detection  [CLS] sentence [SEP] image        DETR's set loss, COCO's head        AP
 
-`--task NAME` looks a class up in TASKS; nothing else asks for a task's name. `Task` itself is a
-whole task, a classifier from [CLS], so a new one of that kind says little more than what it reads
-(README: "Add a task").
+`--task NAME` looks a class up in TASKS, where each that has a name puts itself; nothing else asks
+for a task's name. `Task` itself is a whole task, a classifier from [CLS], so a new one of that kind
+says little more than what it reads (README: "Add a task").
 """
 
 import contextlib
@@ -34,15 +34,9 @@ from data import (CocoCaptions, CocoInstances, Example, Id, InputError, Karpathy
                   flip_and_crop, load_or_build_index, number, pad_tokens, print0, read_boxes,
                   read_json, read_pairs, read_text, safe_name)
 from matcher import (boxes_in_pixels, detection_target, loss_normalizers, no_object_weight,
-                     set_loss)
+                     set_loss, to_device)
 
 TASKS = {}
-
-
-def register(task):
-    """Class decorator: `--task NAME` finds the class."""
-    TASKS[task.name] = task
-    return task
 
 
 def make_task(name, flags):
@@ -96,6 +90,10 @@ class Task:
     labels = ()                       # the classifier's answers, in the order of its outputs
     names = {}                        # {"coco": [...]}: the names of the model's classes
     names_read = {}                   # those of the data, if `read` has met any
+
+    def __init_subclass__(cls):  # called for each class that is derived from this one
+        if "name" in vars(cls):
+            TASKS[cls.name] = cls
 
     # What it reads
 
@@ -315,8 +313,6 @@ def vqa_accuracy(answer, people):
     return sum(min(1, (agree - (p == answer)) / 3) for p in people) / len(people)
 
 
-@register
-@dataclass
 class VQA(Task):
     """Questions about an image, a shared list of 3,129 answers of which several may be right."""
 
@@ -417,8 +413,6 @@ class Nlvr2Record(Struct):
     directory: int | str | None = None
 
 
-@register
-@dataclass
 class NLVR2(Task):
     """Is a statement true of two images? It is read with each; both [CLS] together decide."""
 
@@ -578,7 +572,6 @@ class CaptionResult(Struct):
     caption: str
 
 
-@register
 @dataclass
 class Captioning(Captioned):
     """COCO captions, Karpathy's splits; beam search of 4 and length penalty 0.9 (section 5.1)."""
@@ -611,7 +604,7 @@ class Captioning(Captioned):
     def answer(self, model, batch, examples, tokenizer):
         memory = model.encode(encode_images(model, batch))
         captions = model.generate(memory, beam=self.beam, alpha=self.alpha)
-        return [tokenizer.decode(pieces) for pieces, _ in captions]
+        return [tokenizer.decode(pieces) for pieces in captions]
 
     def score(self, answers, examples, data="", split=""):
         return caption_scores(answers, [e.sentences for e in examples], self.meteor)
@@ -662,7 +655,6 @@ def retrieval_scores(scores, owner):
             for name, rank in (("IR", image_rank), ("TR", sentence_rank)) for k in (1, 5, 10)}
 
 
-@register
 @dataclass
 class Retrieval(Captioned):
     """Flickr30k, by ITM's head: find the image of a sentence, and the sentences of an image.
@@ -693,8 +685,9 @@ class Retrieval(Captioned):
     selection_metric = ("IR@1", "TR@1")
     logged = ("wrong_log_odds_50", "wrong_log_odds_99")
     # All pairs of 1,014 images and 5,070 sentences are four times what an epoch trains on
-    settings = dict(batch_size=64, epochs=4, lr=5e-5, decay=[], val_examples=200)
-    mini = dict(batch_size=16, sentences_per_picture=2, minutes=6.5, val_examples=0)
+    # A pair is nine sequences of the encoder: of 8 images at once they fit a GPU
+    settings = dict(batch_size=64, micro_batch=8, epochs=4, lr=5e-5, decay=[], val_examples=200)
+    mini = dict(batch_size=16, micro_batch=0, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
 
     def losses(self, model, batch, normalizers):
@@ -709,8 +702,8 @@ class Retrieval(Captioned):
         N, n = len(tokens), self.negatives
         # Never one's own: an image may stand in the batch twice, with other sentences
         first = [batch["ids"].index(i) for i in batch["ids"]]
-        different = torch.tensor(sorted(set(first)), device=image.device)
-        first = torch.tensor(first, device=image.device)
+        different = to_device(torch.tensor(sorted(set(first))), image.device)
+        first = to_device(torch.tensor(first), image.device)
         m = min(n, len(different) - 1)
         others = different[draw_others(first[image], different, m)]           # (N, m)
         images = torch.cat([image, others.flatten(), image.repeat_interleave(n)])
@@ -720,7 +713,8 @@ class Retrieval(Captioned):
         right, wrong_images, wrong_sentences = scores.split([N, N * m, N * n])
         loss = sum(circle_loss(right, wrong, self.margin, self.gamma).sum()
                    for wrong in (wrong_images.view(N, m), wrong_sentences.view(N, n)))
-        quantiles = log_odds[N:].detach().quantile(log_odds.new_tensor([0.5, 0.99]))
+        quantiles = log_odds[N:].detach().quantile(to_device(torch.tensor([0.5, 0.99]),
+                                                             image.device))
         quantiles = quantiles * N / normalizers[0]  # a mean over micro-batches and processes
         return {"loss_flickr30k": loss / (2 * normalizers[0]),
                 **dict(zip(self.logged, quantiles))}
@@ -812,13 +806,12 @@ def best_boxes(objects, source, sizes):
     return answers
 
 
-@register
 @dataclass
 class Detection(Task):
     """COCO's objects, with a caption in the encoder or none (section 5.8)."""
 
     text: str = flag("caption", choices=("caption", "none"),
-                     help="the sentence that detection is given")
+                     help="the sentence that detection is given; boxes of your own have none")
     no_object_weight: float | None = flag(None, type=number(float, 0, 1e6), metavar="WEIGHT",
                                           help="detection: of \"no object\" among the classes "
                                           "(default: what balances objects and queries)")
@@ -856,9 +849,6 @@ class Detection(Task):
         if not all(own):
             raise InputError(f"--{split}-annotations and --{split}-images: both are needed with "
                              "boxes of one's own")
-        if self.text == "caption":
-            raise InputError("--text caption: boxes of one's own have no captions; give --text "
-                             "none")
         return own
 
     def files(self, data, split):

@@ -896,7 +896,7 @@ def caption(args):
     memory = model.encode(model.encode_image(*pixels(args, 800, 1333), padded=False))
 
     def words(cache):
-        return model.generate(memory, beam=4, max_tokens=length + 1, cache=cache)[0][0]
+        return model.generate(memory, beam=4, max_tokens=length + 1, cache=cache)[0]
 
     assert words(True) == words(False) and len(words(True)) == length
     yield row("caption", *medians(args, lambda: words(True), lambda: words(False)), "s", 4)

@@ -67,7 +67,7 @@ MISTAKES = {
         ("padding-polarity", "padded words are attended to and real ones are not",
          "is_word = tokens != self.config.pad", "is_word = tokens == self.config.pad"),
         ("padding-bleeds", "an image's features depend on the padding of its batch",
-         "self.masks = masks = levels if padded else None", "self.masks = masks = None"),
+         "self.mask = mask if padded else None", "self.mask = None"),
         ("positions-transposed", "rows are told as columns",
          "[y[..., None] / wavelength, x[..., None] / wavelength]",
          "[x[..., None] / wavelength, y[..., None] / wavelength]"),

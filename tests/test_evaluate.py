@@ -222,7 +222,7 @@ class Oracle:
     def generate(self, memory):
         numbers = memory.states[:, 0, 0].tolist()
         sentences = ["" if i in self.wrong else self.examples[i].sentences[0] for i in numbers]
-        return [(self.tokenizer.encode(sentence), 0.0) for sentence in sentences]
+        return [self.tokenizer.encode(sentence) for sentence in sentences]
 
 
 def test_measures_count_the_right_answers(val, words):
@@ -311,7 +311,7 @@ def by_hand(checkpoint, *files):
 def test_a_predictor_says_what_the_model_says(checkpoints, images):
     model, tokenizer, names, (grid,) = by_hand(checkpoints[""], images[0])
     predictor = Predictor(checkpoints[""], "cpu")
-    (pieces, _), = model.generate(model.encode(grid), beam=4, alpha=0.9)
+    (pieces,) = model.generate(model.encode(grid), beam=4, alpha=0.9)
     assert predictor.caption(images[0]) == tokenizer.decode(pieces)
     tokens = torch.tensor([tokenizer.encode("a red circle")])
     chance = model.itm(model.encode(grid, tokens).states[:, 0]).softmax(-1)[0, 1].item()

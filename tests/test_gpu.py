@@ -112,8 +112,7 @@ def test_captions_are_the_cpus(beam):
         batch = to_device(small_batch(), device)
         grid = model.to(device).encode_image(batch["images"], batch["sizes"])
         captions.append(model.generate(model.encode(grid), beam=beam))
-    for (words, score), (expected, expected_score) in zip(*captions, strict=True):
-        assert words == expected and score == pytest.approx(expected_score, abs=1e-3)
+    assert captions[0] == captions[1]
 
 
 def read_log(folder):

@@ -544,9 +544,9 @@ def test_a_process_that_hangs_ends_the_run(world, tmp_path):
 
 @pytest.mark.parametrize("flag,value", [
     ("--backbone", "r99"), ("--batch-size", "0"), ("--lr", "nan"), ("--width", "30"),
-    ("--workers", "many"), ("--device", "cuda:99"), ("--resume", "nowhere.pt"),
-    ("--resume", "README.md"), ("--data", "nowhere"), ("--backbone-weights", "nowhere.pth"),
-    ("--output", "README.md")])
+    ("--epochs", "0"), ("--clip", "0"), ("--workers", "many"), ("--device", "cuda:99"),
+    ("--resume", "nowhere.pt"), ("--resume", "README.md"), ("--data", "nowhere"),
+    ("--backbone-weights", "nowhere.pth"), ("--output", "README.md")])
 def test_a_flag_that_cannot_be_is_named_in_one_line(flag, value, world, tmp_path, capsys):
     flags = ["--backbone", "r18", "--data", world, "--output", str(tmp_path), flag, value]
     try:

@@ -795,8 +795,6 @@ COUNTING = '''
 from data import read_coco
 
 
-@register
-@dataclass
 class Counting(Task):
     """How many objects are in the picture?"""
 
