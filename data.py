@@ -80,8 +80,8 @@ class Tokenizer:
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of ids, at most max_tokens of them."""
         if sentence and not self.ordinary:
-            raise InputError("DETR's weights know no words; leave the sentence away, give --text "
-                             "none, or pre-train from them first (pretrain.py --init)")
+            raise InputError("DETR's weights know no words: give no sentence (--text none), or "
+                             "pre-train from them first (pretrain.py --init)")
         return self.wordpiece.encode(sentence).ids
 
     def is_too_long(self, sentence):
@@ -643,7 +643,7 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
 
     folder: where indexes lie, DATA/.index by default; kind: a word for it; sources: the files and
     folders that `read` reads, by default the official ones. If the size or time of one changes, the
-    index is built anew, by each host's first process, while the others wait. What `read` says is
+    index is rebuilt, by each host's first process, while the others wait. What `read` says is
     kept and said again each time.
     """
     if not os.path.isdir(data or ""):

@@ -4,8 +4,8 @@
     python finetune.py --task flickr30k --init runs/pretrain/last.pt --data DIR  # one GPU
     torchrun --nproc_per_node=8 finetune.py --task vqa --init FILE --data DIR    # the paper's run
 
-`--output` gets log.jsonl, last.pt (with the optimizer: `--resume` goes on from it), best.pt (the
-best on validation) and curves.png. `--init none` starts from nothing, so that what pre-training is
+`--output` gets log.jsonl, last.pt (with the optimizer: `--resume` continues from it), best.pt (the
+best on validation) and curves.png. `--init none` starts from scratch, so that what pre-training is
 worth can be seen. The loop is pretrain.train; this file has the flags, the model and the
 validation.
 
@@ -147,7 +147,7 @@ class FineTuning(nn.Module):
 
 
 def parse(argv):
-    """(flags, the checkpoint to go on from or None). Layers of defaults: the task's, then --mini's
+    """(flags, the checkpoint to resume or None). Layers of defaults: the task's, then --mini's
     or the resumed run's, then what is given.
     """
     parser = shared_flags(
@@ -183,7 +183,7 @@ def parse(argv):
         if args.mini:
             mini = dict(epochs=100, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50,
                         clip=1.0, val_every=1e6, output=f"runs/mini-{args.task}")
-            # From nothing the rates of pre-training are the better ones
+            # From scratch the rates of pre-training are the better ones
             rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
             parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
         if args.init not in (None, "none"):
@@ -200,7 +200,7 @@ def parse(argv):
 
 def initial_model(args, task, names):
     """(model, tokenizer, names) from --init: its configuration and vocabulary are kept, the task's
-    new head and classes start anew; or from nothing.
+    new head and classes are re-initialised; or from scratch.
     """
     more = dict(task=task.name, classifier_images=task.images,
                 classifier_outputs=len(names["answers"]) if task.new_head else 0)
@@ -216,7 +216,7 @@ def initial_model(args, task, names):
                          "one")
     if "coco" in names and names["coco"] != state["names"]["coco"]:
         print0(f"{len(names['coco'])} classes in place of the {len(state['names']['coco'])} of "
-               f"{args.init}: the class head starts anew, the rest is kept")
+               f"{args.init}: the class head is re-initialised, the rest is kept")
         config = replace(config, classes={**config.classes, "coco": len(names["coco"])})
         for part in ("weight", "bias"):
             state["model"].pop(f"classes.coco.{part}", None)
@@ -238,8 +238,8 @@ def check_task_flags(args, task):
 
 
 def first_or_resumed_model(args, state, task, index):
-    """(model, tokenizer, names): of the run that goes on, or `initial_model`'s with the answers of
-    the training set.
+    """(model, tokenizer, names): of the resumed run, or `initial_model`'s with the answers of the
+    training set.
     """
     names = dict(index["train"]["names"])
     if state is not None:

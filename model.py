@@ -710,7 +710,7 @@ def save_checkpoint(path, model, vocabulary, names, **more):
     """Write a checkpoint to a temporary name, sync it, rename it: `path` is always whole.
 
     names: {"coco", "vg", "attributes": [...]}, what the outputs mean; more: what a stage needs to
-    go on (optimizer, step ...), tensors and plain values only.
+    resume (optimizer, step ...), tensors and plain values only.
     """
     state = {"model": model.state_dict(), "config": asdict(model.config),
              "vocabulary": vocabulary, "names": names, **more}
@@ -788,7 +788,7 @@ def load_pretrained(model, state, say=print):
     fitting = {k: v for k, v in state.items()
                if k in own and own[k].shape == getattr(v, "shape", None)}
     for key in model.load_state_dict(fitting, strict=False).missing_keys:
-        say(f"  not in the checkpoint, or of another shape; starts anew: {key}")
+        say(f"  not in the checkpoint, or of another shape; re-initialised: {key}")
     for key in state.keys() - own.keys():
         say(f"  in the checkpoint but not used: {key}")
     loaded, anew = {}, {}
@@ -796,7 +796,7 @@ def load_pretrained(model, state, say=print):
         counts = loaded if name in fitting else anew
         part = name.split(".")[0]
         counts[part] = counts.get(part, 0) + parameter.numel()
-    for counts, whence in ((loaded, "from the checkpoint"), (anew, "that start anew")):
+    for counts, whence in ((loaded, "from the checkpoint"), (anew, "re-initialised")):
         parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
         say(f"  parameters {whence}: {parts or 'none'}")
 

@@ -9,7 +9,7 @@ In this file: an image as a training item and as a batch; the four losses; **the
 which fine-tuning uses too; what the loop calls by name (class Run: output folder, resume, clock,
 log); flags; the run.
 
-`--output` gets log.jsonl, last.pt (all that is needed to use the model or to go on), and at each
+`--output` gets log.jsonl, last.pt (all that is needed to use the model or to resume), and at each
 validation curves.png and sheet.png (held-out images: truth beside answer). `--mini` is only a set
 of other defaults, see `MINI`; a flag that is given wins over it. Ctrl-C, SIGTERM and SIGUSR1 finish
 the step and write last.pt; `--resume` ends with the weights of a run that never stopped (on a CPU;
@@ -309,7 +309,7 @@ def train(run, objective, loader, optimizer, weights, validate, val_steps):
     batches = iter(loader)
     signal_number = 0
     if run.ended and run.progress >= 1:
-        print0(f"{args.resume}: has ended; more --steps, --epochs or --minutes would go on")
+        print0(f"{args.resume}: has ended; more --steps, --epochs or --minutes would continue it")
         return 0
     run.start_clock()
     while run.progress < 1:
@@ -358,7 +358,7 @@ def train(run, objective, loader, optimizer, weights, validate, val_steps):
 
     if signal_number:
         run.save()
-        print0(f"stopped at step {run.step} by a signal; go on with --resume {run.last}")
+        print0(f"stopped at step {run.step} by a signal; continue with --resume {run.last}")
         return 128 + signal_number
     run.validate(validate)
     run.save(ended=True)
@@ -373,7 +373,7 @@ class Run:
     """One training run: its processes, output folder, clock, log and checkpoints."""
 
     def __init__(self, args, state):
-        """state: the checkpoint that the run goes on from, or None for a new run."""
+        """state: the checkpoint that the run resumes, or None for a new run."""
         self.rank, self.world, self.device = init_processes(args.device, args.timeout)
         self.args, self.state = args, state
         if args.batch_size % self.world:
@@ -405,8 +405,8 @@ class Run:
         """A new run overwrites no other; a resumed one drops the log after its checkpoint."""
         folder = self.args.output
         if self.state is None and os.path.exists(self.last):
-            raise InputError(f"--output {folder}: holds a run; go on with --resume {self.last}, or "
-                             "give another folder")
+            raise InputError(f"--output {folder}: holds a run; continue with --resume {self.last}, "
+                             "or give another folder")
         size = 0 if self.state is None else self.state["log_size"]
         try:
             os.makedirs(folder, exist_ok=True)
@@ -440,7 +440,7 @@ class Run:
         if self.state is not None:
             self.optimizer.load_state_dict(self.state.pop("optimizer"))
             self.state.pop("model")  # of the largest model a gigabyte a process
-            print0(f"{args.resume}: going on at step {self.step}")
+            print0(f"{args.resume}: resuming at step {self.step}")
         return self.optimizer
 
     def loader(self, dataset, sizes, collate_fn):
@@ -558,7 +558,7 @@ class Run:
                             self.tokenizer.vocabulary, self.names, args=flags, step=self.step,
                             seconds=self.seconds, broken=self.broken,
                             log_size=os.path.getsize(self.log_file), **more)
-        if name == "last.pt":  # the only one that a run goes on from
+        if name == "last.pt":  # the only one that a run resumes
             self.saved = time.time()
 
     def total(self, sums):
@@ -683,7 +683,7 @@ def shared_flags(usage, description):
     g = parser.add_argument_group("output")
     g.add_argument("--output", default="runs/pretrain", metavar="DIR", help="the run's folder")
     g.add_argument("--resume", metavar="FILE",
-                   help="go on from this last.pt, with its settings, in its folder; auto: from "
+                   help="resume this last.pt, with its settings, in its folder; auto: from "
                    "that of --output, or from the start if there is none")
     g.add_argument("--checkpoint-minutes", type=AMOUNT, default=30, metavar="MINUTES",
                    help="time between two checkpoints")
@@ -697,7 +697,7 @@ def shared_flags(usage, description):
 
 
 def parse(argv):
-    """(flags, the checkpoint to go on from or None). Three layers of defaults: the paper's, then
+    """(flags, the checkpoint to resume or None). Three layers of defaults: the paper's, then
     --mini's or the resumed run's, then what is given.
     """
     parser = shared_flags(
@@ -760,7 +760,7 @@ def parse_resumed(parser, argv, fixed):
     for flag in (*fixed, "seed", "batch_size", "weight_decay"):
         if getattr(args, flag) != state["args"].get(flag):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: the resumed run "
-                             f"has {state['args'].get(flag)}; leave the flag away")
+                             f"has {state['args'].get(flag)}; leave the flag out")
     return args, state
 
 
@@ -774,7 +774,7 @@ def check_file_flags(args, config, flags):
         value = getattr(args, flag)
         if value is not None and value != getattr(config, flag, None):
             raise InputError(f"--{flag.replace('_', '-')} {value}: {args.init} has its own; leave "
-                             "this flag or --init away")
+                             "out this flag or --init")
 
 
 def new_model(args, tokenizer, names, **more):
@@ -795,12 +795,12 @@ def new_model(args, tokenizer, names, **more):
 
 def detr_model(args, tokenizer, names):
     """A model in the sizes of DETR's weights and with them. Words, and the heads that DETR has not
-    or has in another size, start anew. The sizes become the run's flags.
+    or has in another size, are re-initialised. The sizes become the run's flags.
     """
     state = load_checkpoint(args.init, "--init")
     config = state["config"]
     if "lacks" not in state:
-        raise InputError(f"--init {args.init}: not DETR's weights; --resume goes on with a "
+        raise InputError(f"--init {args.init}: not DETR's weights; --resume resumes a "
                          "checkpoint of pre-training")
     check_file_flags(args, config, FILE_FLAGS)
     for flag in SIZE_FLAGS:

@@ -331,7 +331,7 @@ def seconds_to_first_step(folder):
              "--width 64 --heads 2 --encoder-layers 1 --decoder-layers 1 --short-sides 64 "
              "--long-side 96 --batch-size 2 --workers 0 --device cpu").split()
     started = time.perf_counter()
-    # Beside the data, not in it: what changes in the data's folders makes the index anew
+    # Beside the data, not in it: what changes in the data's folders rebuilds the index
     with tempfile.TemporaryDirectory() as output, subprocess.Popen(
             [sys.executable, f"{ROOT}/finetune.py", *flags, "--data", folder, "--output", output],
             stdout=subprocess.PIPE, text=True) as process:
@@ -370,7 +370,7 @@ def ours(args, **changes):
                        classes={"coco": 80, "vg": 20})
     torch.manual_seed(0)
     model = scaled(E2EVLP(Config(**{"dropout": 0.0, **changes})))
-    model.load_state_dict(model.state_dict())  # frozen norms are folded anew
+    model.load_state_dict(model.state_dict())  # frozen norms are folded again
     return model.to(args.device).eval()
 
 

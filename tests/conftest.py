@@ -126,7 +126,7 @@ def small_model(**changes):
             tensor.normal_(std=0.3)  # shifts, so that zeros do not stay zeros
         elif "running_var" in name:
             tensor.uniform_(0.5, 2)
-    model.load_state_dict(model.state_dict())  # frozen norms are folded anew
+    model.load_state_dict(model.state_dict())  # frozen norms are folded again
     return model.eval()
 
 

@@ -4,7 +4,7 @@
     python tests/tables.py --table 3 --mini --rows all "no detection" --seeds 1 --output two
 
 Each run is a command line of pretrain.py or finetune.py. What one that has ended measured is kept
-in OUTPUT/runs and serves every table that needs it; one that was stopped goes on where it was.
+in OUTPUT/runs and serves every table that needs it; one that was stopped is resumed.
 Checkpoints are in --work, as long as something is to be fine-tuned from them. Table 4, of times, is
 measured at once.
 
@@ -104,7 +104,7 @@ class Plan:
             "--warmup", str(steps // 10), "--workers", "0", *flags))
 
     def finetune(self, task, start, name="", *flags, hard=False):
-        """start: the pre-training to begin with; None: from nothing; name: of what flags change."""
+        """start: the pre-training to begin with; None: from scratch; name: of what flags change."""
         passes = PASSES[task] * self.budget / 25_600
         # All pairs of retrieval's images and sentences take as long as a good part of its training
         every = passes / (2 if task == "flickr30k" else 4)
@@ -120,7 +120,7 @@ class Plan:
                 "nlvr2.accuracy": (self.finetune("nlvr2", start, name, *flags), "val_accuracy")}
 
     def compare(self, title, heads, paper, note=""):
-        """Pre-trained, from nothing, and blind. heads: {"task.key": heading}."""
+        """Pre-trained, from scratch, and blind. heads: {"task.key": heading}."""
         table = Table(title, heads, reference="pre-trained", note=note)
         every = self.pretrain("all")
         for name, start, kind in (("pre-trained", every, "val"), ("from scratch", None, "val"),

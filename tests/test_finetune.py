@@ -130,7 +130,7 @@ def test_a_test_dev_run_of_vqa_keeps_the_last_checkpoint(pretrained, world, tmp_
     assert finetune.main(["--task", "vqa", "--init", f"{tmp_path}/other.pt", "--data", world,
                           "--output", f"{tmp_path}/again", *SMALL, "--train-splits", "train", "val",
                           "--steps", "1"]) == 0
-    assert "or of another shape; starts anew: classifier.3.weight" in capsys.readouterr().out
+    assert "or of another shape; re-initialised: classifier.3.weight" in capsys.readouterr().out
 
 
 def test_the_best_is_chosen_by_the_tasks_measure(pretrained, world, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(pretrained, wo
     (done,) = run_ranks(*flags, "--output", parts, ranks=1,
                         last=(signal_after, 1, signal.SIGTERM))
     assert done.returncode == 128 + signal.SIGTERM
-    assert f"stopped at step 1 by a signal; go on with --resume {parts}/last.pt" in done.stdout
+    assert f"stopped at step 1 by a signal; continue with --resume {parts}/last.pt" in done.stdout
     ok(run_command("finetune.py", "--resume", parts / "last.pt", "--workers", "1"))
     assert differences(result(whole), result(parts)) == []
     best = [load_checkpoint(f"{folder}/best.pt") for folder in (whole, parts)]
@@ -224,7 +224,7 @@ BOXES = ["--task", "detection", "--init", "FILE", "--text", "none", "--train-ann
     ([*BOXES, "--train-images", ""], "--train-annotations and --train-images: both are needed"),
     ([*BOXES, "--task", "vqa"], "--train-annotations: --task vqa does not have it"),
     ([*BOXES, "--pairs", "x.csv"], "--pairs: --task detection does not have it"),
-    (["--task", "detection", "--init", "DETR"], "weights know no words; leave the sentence away"),
+    (["--task", "detection", "--init", "DETR"], "weights know no words: give no sentence"),
     (["--task", "vqa", "--init", "DETR"], "is fine-tuned for detection"),
     (["--task", "detection", "--init", "DETR", "--text", "none", "--width", "32"], "--width 32: ")])
 def test_flags_that_do_not_fit_are_one_line(flags, says, pretrained, detr, world, tmp_path, capsys):
@@ -275,7 +275,7 @@ def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_
     write_rectangles(tmp_path, "val", 4, ids=(1, 2, 3))
     printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--augment", "detr", "--init",
                              pretrained, *SMALL, "--output", tmp_path / "run", "--steps", "2"))
-    assert f"3 classes in place of the 6 of {pretrained}: the class head starts anew" in printed
+    assert f"3 classes in place of the 6 of {pretrained}: the class head is re-i" in printed
     state = load_checkpoint(f"{tmp_path}/run/best.pt")
     assert state["names"]["coco"] == ["blue", "red, M1", "green"]  # by their numbers in training
 
@@ -350,9 +350,9 @@ def test_detection_trains_from_detrs_weights(detr, world, tmp_path):
     """All of them, but for the stem and the statistics of batch norm."""
     printed = ok(run_command("finetune.py", "--task", "detection", "--text", "none", "--init", detr,
                              "--data", world, "--output", tmp_path, *SMALL, "--steps", "2"))
-    assert f"6 classes in place of the 80 of {detr}: the class head starts anew" in printed
+    assert f"6 classes in place of the 80 of {detr}: the class head is re-initialised" in printed
     loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
-    anew = printed.split("parameters that start anew: ")[1].split("\n")[0]
+    anew = printed.split("parameters re-initialised: ")[1].split("\n")[0]
     assert "query_positions 512" in loaded and "classes" not in loaded
     assert "classes 455" in anew and "sentence " in anew and "encoder" not in anew
 
@@ -370,7 +370,7 @@ def test_detection_trains_from_detrs_weights(detr, world, tmp_path):
     assert len(found) == 8 and not any(thing["attributes"] for thing in found)
     with pytest.raises(InputError, match="cannot caption; it can detect"):
         predictor.caption(image)
-    with pytest.raises(InputError, match="know no words; leave the sentence away"):
+    with pytest.raises(InputError, match="know no words: give no sentence"):
         predictor.detect(image, sentence="a red circle")
 
 
@@ -384,6 +384,6 @@ def test_detrs_class_head_is_kept_where_the_data_has_cocos_classes(detr, tmp_pat
         (tmp_path / f"{split}.json").write_text(json.dumps(file))
     printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--init", detr, *SMALL,
                              "--output", tmp_path / "run", "--steps", "1", "--lr", "1e-6"))
-    assert "classes 5,265" in printed and "the class head starts anew" not in printed
+    assert "classes 5,265" in printed and "the class head is re-initialised" not in printed
     trained = load_checkpoint(f"{tmp_path}/run/best.pt")["model"]["classes.coco.weight"]
     torch.testing.assert_close(trained, start["model"]["classes.coco.weight"], rtol=0, atol=1e-5)

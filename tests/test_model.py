@@ -500,10 +500,10 @@ def test_loading_for_another_stage_names_what_does_not_fit():
     del state["itm.0.weight"]
     load_pretrained(model, state, said.append)
     assert [*said[:3], said[4]] == [
-        "  not in the checkpoint, or of another shape; starts anew: query_positions.weight",
-        "  not in the checkpoint, or of another shape; starts anew: itm.0.weight",
+        "  not in the checkpoint, or of another shape; re-initialised: query_positions.weight",
+        "  not in the checkpoint, or of another shape; re-initialised: itm.0.weight",
         "  in the checkpoint but not used: extra.weight",
-        "  parameters that start anew: query_positions 288, itm 1,024"]
+        "  parameters re-initialised: query_positions 288, itm 1,024"]
     assert "parameters from the checkpoint: mlm_bias 50, " in said[3]
     assert (model.mlm_bias == 7).all()
 

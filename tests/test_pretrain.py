@@ -104,7 +104,7 @@ def whole(world, tmp_path_factory):
 
 @pytest.fixture
 def finished(whole, tmp_path):
-    """A copy of that run's folder, to go on in."""
+    """A copy of that run's folder, to resume in."""
     return Path(shutil.copytree(whole[0], tmp_path / "finished"))
 
 
@@ -374,7 +374,7 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(
                         last=(signal_after, step, number))
     assert done.returncode == 128 + number and done.stderr == ""
     assert done.stdout.splitlines()[-1] == (
-        f"stopped at step {step} by a signal; go on with --resume {tmp_path}/last.pt")
+        f"stopped at step {step} by a signal; continue with --resume {tmp_path}/last.pt")
     assert load_checkpoint(f"{tmp_path}/last.pt")["step"] == step
     ok(run_command("pretrain.py", "--resume", f"{tmp_path}/last.pt", "--workers", workers[1]))
     as_whole(tmp_path, whole[0])
@@ -392,7 +392,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(whole, world, tmp_path):
     assert load_checkpoint(f"{tmp_path}/last.pt")["step"] == 3
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    assert f"{tmp_path}/last.pt: going on at step 3" in ok(run_command(*flags))
+    assert f"{tmp_path}/last.pt: resuming at step 3" in ok(run_command(*flags))
     as_whole(tmp_path, whole[0])
     ok(run_command(*flags))
     as_whole(tmp_path, whole[0])
@@ -430,7 +430,7 @@ def test_a_folder_that_holds_a_run_is_refused(whole, finished, world, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir()}
     flags = [*TINY, "--data", world, "--output", str(finished), "--steps", "1"]
     assert pretrain.main(flags) == 2
-    assert f"--output {finished}: holds a run; go on with --resume" in capsys.readouterr().err
+    assert f"--output {finished}: holds a run; continue with --resume" in capsys.readouterr().err
     assert pretrain.main([*flags, "--resume", f"{whole[0]}/last.pt"]) == 2  # of another folder
     assert f"--output {finished}: " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
@@ -441,7 +441,7 @@ def test_a_folder_that_holds_a_run_is_refused(whole, finished, world, capsys):
 def test_flags_that_a_resumed_run_may_not_change(whole, flag, value, was, capsys):
     assert pretrain.main(["--resume", f"{whole[0]}/last.pt", flag, value]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert flag in line and f"the resumed run has {was}; leave the flag away" in line
+    assert flag in line and f"the resumed run has {was}; leave the flag out" in line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,12 +569,12 @@ def test_help_says_each_default_once_and_none_where_there_is_none(script, capsys
 
 
 def test_pretraining_starts_from_detrs_weights(detr, world, tmp_path):
-    """Its sizes are the file's; words and the heads that DETR has not start anew, by name."""
+    """Its sizes are the file's; words and the heads that DETR has not are re-initialised."""
     flags = ["--mini", "--init", detr, "--data", world, "--workers", "0", "--minutes", "0",
              "--batch-size", "4", "--val-pictures", "4", "--steps", "1"]
     printed = ok(run_command("pretrain.py", *flags, "--output", tmp_path / "a"))
     loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
-    anew = printed.split("parameters that start anew: ")[1].split("\n")[0]
+    anew = printed.split("parameters re-initialised: ")[1].split("\n")[0]
     assert [part.split()[0] for part in loaded.split(", ")] == [
         "backbone", "encoder", "decoder", "decoder_norm", "query_positions", "box"]
     assert [part.split()[0] for part in anew.split(", ")] == [

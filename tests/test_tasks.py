@@ -817,7 +817,7 @@ def counting():
 
 
 def test_a_sixth_task_is_one_class(counting, world, words, tmp_path):
-    """It trains, goes on, validates beside two baselines and is scored."""
+    """It trains, resumes, validates beside two baselines and is scored."""
     tokenizer, names = words
     init = str(tmp_path / "pretrained.pt")
     save_checkpoint(init, model_for(None, tokenizer, names), tokenizer.vocabulary, names)
