@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 
 import shapes  # noqa: E402
+from data import Tokenizer, read_pretraining  # noqa: E402
 from model import E2EVLP, Config  # noqa: E402
 from pretrain import collate  # noqa: E402
 
@@ -41,6 +42,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def words(world):
+    """(its tokenizer, the names of its classes)."""
+    return Tokenizer(f"{world}/vocab.txt"), read_pretraining(world, say=[].append)["names"]
+
+
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A torchvision state dict, so that batch norm is frozen."""
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
@@ -56,9 +63,7 @@ FORKS.set_forkserver_preload(["conftest", "pretrain", "finetune", "evaluate"])
 
 
 def _become(words, cwd, environment, printed, prepare):
-    """In the fork: become `python SCRIPT ...`, in a process group of its own, with two files as
-    stdout and stderr.
-    """
+    """In the fork: become `python SCRIPT ...` in a process group of its own, printing to files."""
     os.setsid()
     for number, path in enumerate([os.devnull, *printed]):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
@@ -74,9 +79,8 @@ def _become(words, cwd, environment, printed, prepare):
 
 
 def run_ranks(*words, ranks=2, last=(int,), cwd=ROOT, timeout=900):
-    """Run a command as so many processes, without torchrun: their [CompletedProcess].
-
-    last: a function, and its arguments, that is called in the last of them before it starts.
+    """Run a command as so many processes, without torchrun: their [CompletedProcess]. last: a
+    function, and its arguments, that is called in the last of them before it starts.
     """
     words = list(map(str, words))
     with socket.socket() as free:

@@ -6,8 +6,6 @@
 A case is a command line about a tiny world, of which one file or flag is changed. It must end in
 success, or with exit code 2 and one line that says what is wrong. Anything else is a fault: it is
 printed, and the exit code is 1. A case is a function of the seed and its number.
-
-The commands are called in two processes of this one, since importing torch takes seconds.
 """
 
 import argparse
@@ -69,7 +67,7 @@ def make_kit(folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     shapes.write_world("data", seed=3, train=16, val=4, test=4)
-    must("pretrain", [*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"])
+    assert not call("pretrain", [*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"])[0]
     os.rename("out", "runs")
     state = model.load_checkpoint("runs/last.pt")
     for name, task in tasks.TASKS.items():
@@ -84,14 +82,8 @@ def make_kit(folder):
     shutil.copy(images[0], "in/a.jpg")
     Image.open(images[1]).save("in/b.png")
     for task in AGAINST:
-        must("evaluate", [*MEASURE, "--checkpoint", f"runs/{task}.pt", "--submit", f"in/{task}"])
-
-
-def must(script, words):
-    """A command that the kit needs."""
-    code, _, err = call(script, words)
-    if code:
-        raise RuntimeError(f"{script}.py: exit code {code}\n{err}")
+        words = [*MEASURE, "--checkpoint", f"runs/{task}.pt", "--submit", f"in/{task}"]
+        assert not call("evaluate", words)[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -155,9 +155,7 @@ def put_in(name, source, old, new):
 
 
 def try_out(words, file=None, name="", old="", new=""):
-    """Run tests on a copy of the repository, with a mistake in a file if one is given: (pytest's
-    exit code, None if it did not end; the first failing test; seconds; the end of the output).
-    """
+    """Run tests on a copy with a mistake: (exit code or None, failing test, seconds, output)."""
     with tempfile.TemporaryDirectory() as place:
         beside = shutil.ignore_patterns(".*", "__pycache__", "data", "runs")
         folder = shutil.copytree(ROOT, f"{place}/copy", ignore=beside)

@@ -1,6 +1,4 @@
-"""Data: records with the real sets' flaws, word pieces, images, masking, batches, the index, what
-the commands share, and boxes and captions of one's own.
-"""
+"""Records with the real sets' flaws, word pieces, images, batches, the index, data of one's own."""
 
 import copy
 import itertools
@@ -8,10 +6,8 @@ import json
 import math
 import os
 import random
-from argparse import Namespace
 from collections import Counter
 
-import bench
 import numpy as np
 import pytest
 import torch
@@ -24,7 +20,6 @@ from data import (SPECIAL, Example, InputError, Objects, Tokenizer, decodable, d
                   safe_name, size_of, to_pixels)
 from evaluate import evaluation_batches
 from pretrain import Batches, PretrainingSet, collate, parse
-from tasks import make_task
 
 try:  # BERT's own algorithm in Python; since version 5 BertTokenizer is the library that we use too
     from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
@@ -199,31 +194,12 @@ def test_flickr30ks_test_images_are_known_by_their_address_and_by_visual_genomes
     assert ids_of(files.read()[0]["train"]) == {"coco 9", "vg 1", "vg 6"}
 
 
-def test_a_missing_file_is_named(files):
-    path = f"{files.folder}/vg/objects_vocab.txt"
-    os.remove(path)
-    with pytest.raises(InputError, match=f"{path}: cannot be read .No such file.*README"):
-        read_pretraining(files.folder, say=[].append)
-
-
 @pytest.mark.parametrize("name", [
     "", "../../../a.jpg", "/a.jpg", "a/../../../b-0", "..\\a.jpg", "a\0/../../b.jpg"])
 def test_a_name_in_an_annotation_cannot_lead_out_of_its_folder(name):
     """Else whoever writes annotations could have any file read that the user may read."""
     with pytest.raises(InputError, match="^a.json: the name .* leads out of its folder"):
         safe_name(name, "a.json")
-
-
-@pytest.mark.parametrize("task,record,says", [
-    ("caption", {"images": [{"filename": "../a.jpg", "split": "val", "sentences": [{"raw": "a"}]}]},
-     "leads out of its folder"),
-    ("nlvr2", {"identifier": "../dev-1-0-0", "label": "True"}, "identifier")])
-def test_the_tasks_files_cannot_lead_out_either(tmp_path, task, record, says):
-    """Boxes and pairs: below. NLVR2's directory: test_tasks.py."""
-    path = str(tmp_path / "a.json")
-    write(path, record)
-    with pytest.raises(InputError, match=f"{path}.*{says}"):
-        make_task(task, {}).truth(path, "val")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,8 +228,6 @@ def test_pieces_equal_berts(vocabulary, tmp_path):
         tokens = ours.encode(text)
         assert tokens == theirs.encode(text), text
         assert ours.decode(tokens[1:-1] + [ours.pad]) == ours.decode(tokens)
-    spans = ours.wordpiece.encode("The CAFÉ").offsets  # words as they stand in the sentence
-    assert ["The CAFÉ"[a:b] for a, b in spans] == ["", "The", "C", "A", "F", "É", ""]
     tokens = Tokenizer(path, max_tokens=12).encode("cat " * 100)
     assert len(tokens) == 12 and (tokens[0], tokens[-1]) == (ours.cls, ours.sep)
 
@@ -549,12 +523,6 @@ def test_batches_go_on_where_a_run_stopped(start, times, chunk):
     assert take(20, SHAPES * times, 8, start=start) == take(start + 20, SHAPES * times, 8)[start:]
 
 
-def test_images_of_similar_shape_go_together_so_that_little_is_padded():
-    """Sizes as COCO has them, against batches at random."""
-    (padding,) = bench.loader_padding(Namespace(quick=True))
-    assert padding["ours"] < 0.06 and padding["peer"] > 0.3
-
-
 # --------------------------------------------------------------------------------------------------
 # The index
 
@@ -598,32 +566,23 @@ def test_the_index_is_built_again_only_when_a_source_changes(files, monkeypatch)
     assert "coco 25" in ids_of(first) and "coco 25" not in ids_of(index()[0])
 
 
-def test_a_changed_file_of_ones_own_is_read_again_beside_a_runs_output(own, tmp_path):
-    write(str(tmp_path / "log.jsonl"), "{}")
-    for caption in ("a hat", "a coat"):
-        rows = f"c.jpg,{caption},train\nday1/img 1.jpg,{caption},val\n"
-        write(str(tmp_path / "pairs.csv"), f"image,caption,split\n{rows}")
-        found = pretraining_index("", folder=str(tmp_path / "index"), say=[].append,
-                                  pairs=str(tmp_path / "pairs.csv"), pairs_images=own.images)
-        assert found["train"][0].sentences == [caption]
-    with open(tmp_path / "pairs.csv", "a") as file:
-        file.write("day1/new.jpg,a shoe,train\n")
-    for expected in (1, 2):  # an image that comes into a folder of the folder is seen
-        found = pretraining_index("", folder=str(tmp_path / "index"), say=[].append,
-                                  pairs=str(tmp_path / "pairs.csv"), pairs_images=own.images)
-        assert len(found["train"]) == expected
-        write_image(f"{own.images}/day1/new.jpg")
-
-
-def test_an_index_inside_of_the_images_folder_is_built_once(own, monkeypatch):
-    write(f"{own.images}/pairs.csv", "image,caption,split\nc.jpg,a hat,train\nc.jpg,a hat,val\n")
+def test_pairs_of_ones_own_are_read_again_only_when_something_changes(own, monkeypatch):
+    """Their file and the index lie in the images' folder."""
     reads = []
     monkeypatch.setattr(data_module, "read_pairs",
                         lambda *words: reads.append(1) or read_pairs(*words))
-    for _ in range(2):
-        found = pretraining_index("", say=[].append, pairs=f"{own.images}/pairs.csv",
-                                  pairs_images=own.images)
-    assert len(found["train"]) == len(found["val"]) == 1 and len(reads) == 2
+    path, rows = f"{own.images}/pairs.csv", "image,caption,split\nc.jpg,a hat,val\n"
+
+    def train():
+        return pretraining_index("", say=[].append, pairs=path, pairs_images=own.images)["train"]
+
+    write(path, f"{rows}c.jpg,a hat,train\n")
+    assert train()[0].sentences == train()[0].sentences == ["a hat"]
+    assert len(reads) == 2  # of train and of val
+    write(path, f"{rows}c.jpg,a coat,train\nday1/new.jpg,a shoe,train\n")
+    assert [example.sentences for example in train()] == [["a coat"]]
+    write_image(f"{own.images}/day1/new.jpg")  # into a folder of the folder
+    assert len(train()) == 2
 
 
 def test_an_index_that_another_run_has_built_meanwhile_stays(files, tmp_path, monkeypatch):
@@ -806,6 +765,8 @@ def test_pairs_in_csv_and_json_lines(own, tmp_path):
     write(str(tmp_path / "pairs.jsonl"), '{"image": "c.jpg", "caption": "b", "split": "val"}\n\n')
     example, = read_pairs(str(tmp_path / "pairs.jsonl"), own.images, "val")
     assert example.sentences == ["b"]
+    with pytest.raises(InputError, match="nowhere: no such folder, or nothing in it"):
+        read_pairs(str(tmp_path / "pairs.jsonl"), "nowhere", "val")
 
 
 def test_without_a_split_a_tenth_of_the_images_is_validated_on(tmp_path):
@@ -830,13 +791,6 @@ def test_pairs_that_cannot_be_used_are_one_line(own, tmp_path, text, words):
     with pytest.raises(InputError) as error:
         read_pairs(path, own.images, "train")
     assert path in str(error.value) and words in str(error.value)
-
-
-def test_an_images_folder_that_is_not_there_is_named(own, tmp_path):
-    path = str(tmp_path / "pairs.csv")
-    write(path, "image,caption,split\na.jpg,b,train\n")
-    with pytest.raises(InputError, match="nowhere: no such folder, or nothing in it"):
-        read_pairs(path, str(tmp_path / "nowhere"), "train")
 
 
 def test_what_there_is_to_train_on_is_said(own, tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""What a pre-trained model has learnt, and images of one's own: phrases by hand, measures of a
-model whose answers are known, `Predictor` against the model called by hand, attention, drawings,
-and the command.
-"""
+"""What a pre-trained model has learnt, and images of one's own, against models called by hand."""
 
 import json
 import os
@@ -17,7 +14,7 @@ import torch.nn.functional as F
 from conftest import small_model
 from matplotlib.figure import Figure
 from PIL import Image
-from test_tasks import QUIET, SIZE, model_for, official_ap, words_of
+from test_tasks import QUIET, SIZE, model_for, official_ap
 
 import evaluate
 from data import Example, InputError, Objects, Tokenizer, load_image, read_pretraining, to_pixels
@@ -36,11 +33,6 @@ IMAGE = Example("an image", vg=Objects([(0.5, 0.5, 0.1, 0.1)] * 3, [CIRCLE, CIRC
                                        [[RED, SMALL], [BLUE, LARGE], [RED, LARGE]]))
 GROUNDING = Grounding(NAMES, [IMAGE])
 ANSWERS = ["yes", "no", "red", "blue", "two", "a circle"]
-
-
-@pytest.fixture(scope="module")
-def words(world):
-    return words_of(world)
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +239,7 @@ def test_measures_count_the_right_answers(val, words):
 
 
 def test_duplicates_and_missed_objects_by_hand():
-    """Two circles and a star; found: one circle three times, once weakly, and the star's place as a
-    circle.
-    """
+    """Two circles and a star; found: a circle three times, once weakly; the star as a circle."""
     boxes = [(0.2, 0.2, 0.2, 0.2), (0.8, 0.8, 0.2, 0.2), (0.5, 0.5, 0.2, 0.2)]
     example = Example(0, [], (100, 100), coco=Objects(boxes, [0, 0, 1]))
     found = [(0, [10, 10, 20, 20], 0.9), (0, [11, 10, 20, 20], 0.6), (0, [10, 10, 20, 20], 0.4),

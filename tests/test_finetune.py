@@ -1,14 +1,11 @@
-"""Fine-tuning at a tiny size, on a CPU.
-
-Each task trains from a pre-trained checkpoint, and only its modules; rates and validations by
-epochs; the best checkpoint; exact resume; two processes; what --init may be. The tasks' losses and
-scores are tested in test_tasks.py, the training loop in test_pretrain.py.
+"""Fine-tuning at a tiny size, on a CPU. The tasks' losses and scores: test_tasks.py; the training
+loop: test_pretrain.py.
 """
 
 import json
 import math
 import os
-import random
+import shutil
 import signal
 from dataclasses import asdict
 
@@ -93,8 +90,7 @@ def test_a_task_trains_its_modules_alone_and_keeps_its_best(name, pretrained, wo
 
 
 def test_rate_falls_and_validations_come_by_epochs(pretrained, world, tmp_path):
-    """An epoch of one step: a tenth from half of the training on, a hundredth for the last quarter.
-    """
+    """An epoch of one step: a tenth from half of the training on, then a hundredth."""
     assert finetune.main([
         "--task", "nlvr2", "--init", pretrained, "--data", world, "--output", str(tmp_path), *SMALL,
         "--train-examples", "4", "--steps", "10", "--schedule", "step", "--lr", "0.002",
@@ -165,7 +161,6 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(pretrained, wo
     (done,) = run_ranks(*flags, "--output", parts, ranks=1,
                         last=(signal_after, 1, signal.SIGTERM))
     assert done.returncode == 128 + signal.SIGTERM
-    assert f"stopped at step 1 by a signal; continue with --resume {parts}/last.pt" in done.stdout
     ok(run_command("finetune.py", "--resume", parts / "last.pt", "--workers", "1"))
     assert differences(result(whole), result(parts)) == []
     best = [load_checkpoint(f"{folder}/best.pt") for folder in (whole, parts)]
@@ -194,19 +189,6 @@ def test_two_processes_train_and_score_as_one_also_from_nothing(world, weights, 
 # What cannot be
 
 
-def test_a_checkpoint_that_cannot_be_tuned_is_one_line(pretrained, world, tmp_path, capsys):
-    data = ["--data", world, "--output", tmp_path / "out"]
-    state = torch.load(pretrained, weights_only=True)
-    state["config"]["task"] = "nlvr2"
-    torch.save(state, tmp_path / "nlvr2.pt")
-    line = one_line(capsys, "--task", "vqa", "--init", tmp_path / "nlvr2.pt", *data)
-    assert "--init" in line and "fine-tuned for nlvr2" in line
-    line = one_line(capsys, "--task", "vqa", "--init", tmp_path / "none.pt", *data)
-    assert line.endswith(f"--init {tmp_path}/none.pt: no such file")
-    line = one_line(capsys, "--resume", pretrained)
-    assert f"--resume {pretrained}: is not a last.pt of this stage" in line
-
-
 BOXES = ["--task", "detection", "--init", "FILE", "--text", "none", "--train-annotations", "a.json",
          "--train-images", "a", "--val-annotations", "b.json", "--val-images", "b"]
 
@@ -214,6 +196,8 @@ BOXES = ["--task", "detection", "--init", "FILE", "--text", "none", "--train-ann
 @pytest.mark.parametrize("flags, says", [
     (["--task", "vqa"], "give --task and --init"), (["--init", "none"], "give --task and --init"),
     (["--task", "vqa", "--resume", "auto"], "give --task and --init"),
+    (["--task", "vqa", "--init", "nowhere.pt"], "--init nowhere.pt: no such file"),
+    (["--resume", "FILE"], "is not a last.pt of this stage"),
     (["--task", "vqa", "--init", "FILE", "--width", "64"], "--width 64: "),
     (["--task", "flickr30k", "--init", "FILE", "--micro-batch", "1"],
      "--task flickr30k: wrong images are the others that a process holds at once, and it holds"),
@@ -241,24 +225,14 @@ CLASSES = ("red, M1", "green", "blue")
 COLORS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
 
 
-def write_rectangles(folder, split, n, ids=(5, 9, 2), classes=CLASSES):
-    """Boxes of one's own: n images, each with rectangles of three colours; ids: of the classes."""
-    rng = random.Random(split)
-    os.makedirs(folder / split / "deep", exist_ok=True)
-    images, annotations = [], []
-    for number in range(n):
-        image = Image.new("RGB", (96, 72), "white")
-        for _ in range(rng.randint(1, 3)):
-            label = rng.randrange(len(classes))
-            x, y = rng.randint(0, 60), rng.randint(0, 40)
-            w, h = rng.randint(16, 30), rng.randint(16, 30)
-            image.paste(COLORS[label], (x, y, x + w, y + h))
-            annotations.append({"image_id": number, "category_id": ids[label],
-                                "bbox": [x, y, w, h]})
-        images.append({"id": number, "file_name": f"deep/{number}.png", "height": 72, "width": 96})
-        image.save(folder / split / "deep" / f"{number}.png")
-    categories = [{"id": number, "name": name} for number, name in zip(ids, classes)]
-    file = {"images": images, "annotations": annotations, "categories": categories}
+def write_boxes(world, folder, split, ids=(5, 9, 2), classes=CLASSES):
+    """Boxes of one's own: the world's, of which the classes become three; ids: of these."""
+    shutil.copytree(f"{world}/coco/{split}2017", folder / split, dirs_exist_ok=True)
+    with open(f"{world}/coco/annotations/instances_{split}2017.json") as source:
+        file = json.load(source)
+    for annotation in file["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"] % 3]
+    file["categories"] = [{"id": number, "name": name} for number, name in zip(ids, classes)]
     (folder / f"{split}.json").write_text(json.dumps(file))
     return file
 
@@ -269,10 +243,10 @@ def own_flags(folder):
             "--val-images", folder / "val"]
 
 
-def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_path):
+def test_boxes_of_ones_own_with_other_classes(pretrained, world, tmp_path, capsys):
     """Training and validation file number the classes differently."""
-    write_rectangles(tmp_path, "train", 8)
-    write_rectangles(tmp_path, "val", 4, ids=(1, 2, 3))
+    write_boxes(world, tmp_path, "train")
+    write_boxes(world, tmp_path, "val", ids=(1, 2, 3))
     printed = ok(run_command("finetune.py", *own_flags(tmp_path), "--augment", "detr", "--init",
                              pretrained, *SMALL, "--output", tmp_path / "run", "--steps", "2"))
     assert f"3 classes in place of the 6 of {pretrained}: the class head is re-i" in printed
@@ -280,12 +254,13 @@ def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_
     assert state["names"]["coco"] == ["blue", "red, M1", "green"]  # by their numbers in training
 
     predictor = Predictor(f"{tmp_path}/run/best.pt")
-    labels = {found["label"] for found in predictor.detect(tmp_path / "val/deep/0.png", 0.0)}
+    image = next((tmp_path / "val").iterdir())
+    labels = {found["label"] for found in predictor.detect(image, 0.0)}
     assert labels <= set(CLASSES)
     scores, submitted = tmp_path / "scores.json", tmp_path / "results.json"
     ok(run_command("evaluate.py", "--checkpoint", tmp_path / "run/best.pt", "--val-annotations",
                    tmp_path / "val.json", "--val-images", tmp_path / "val", "--json", scores,
-                   "--submit", submitted))
+                   "--submit", submitted, "--examples", "4"))
     assert json.loads(scores.read_text()) == pytest.approx(state["scores"], abs=1e-6)
     assert {result["category_id"] for result in json.loads(submitted.read_text())} <= {1, 2, 3}
     ok(run_command("finetune.py", "--resume", tmp_path / "run/last.pt", "--steps", "3"))
@@ -293,14 +268,10 @@ def test_boxes_of_ones_own_from_a_checkpoint_with_other_classes(pretrained, tmp_
     done = run_command("evaluate.py", "--task", "detection", "--checkpoint", pretrained,
                        "--val-annotations", tmp_path / "val.json", "--val-images", tmp_path / "val")
     assert done.returncode == 2 and "the class 'red, M1' of the data is not" in done.stderr
-
-
-def test_a_class_that_only_validation_has_is_one_line(pretrained, tmp_path, capsys):
-    write_rectangles(tmp_path, "train", 1)
-    write_rectangles(tmp_path, "val", 1, classes=("red, M1", "green", "violet"))
-    line = one_line(capsys, *own_flags(tmp_path), "--init", pretrained, "--output",
-                    tmp_path / "out")
-    assert "the class 'violet' of the data is not one of the training file, which has" in line
+    # Nor can a class be validated that is not trained
+    write_boxes(world, tmp_path, "val", classes=("red, M1", "green", "violet"))
+    flags = [*own_flags(tmp_path), "--init", pretrained, "--output", tmp_path / "new"]
+    assert "class 'violet' of the data is not one of the training" in one_line(capsys, *flags)
 
 
 def write_pairs(folder, n=8):
@@ -351,10 +322,6 @@ def test_detection_trains_from_detrs_weights(detr, world, tmp_path):
     printed = ok(run_command("finetune.py", "--task", "detection", "--text", "none", "--init", detr,
                              "--data", world, "--output", tmp_path, *SMALL, "--steps", "2"))
     assert f"6 classes in place of the 80 of {detr}: the class head is re-initialised" in printed
-    loaded = printed.split("parameters from the checkpoint: ")[1].split("\n")[0]
-    anew = printed.split("parameters re-initialised: ")[1].split("\n")[0]
-    assert "query_positions 512" in loaded and "classes" not in loaded
-    assert "classes 455" in anew and "sentence " in anew and "encoder" not in anew
 
     state = load_checkpoint(f"{tmp_path}/last.pt")
     assert state["config"].decoder_norm and state["config"].activation == "relu"
@@ -374,11 +341,11 @@ def test_detection_trains_from_detrs_weights(detr, world, tmp_path):
         predictor.detect(image, sentence="a red circle")
 
 
-def test_detrs_class_head_is_kept_where_the_data_has_cocos_classes(detr, tmp_path):
+def test_detrs_class_head_is_kept_where_the_data_has_cocos_classes(detr, world, tmp_path):
     """As COCO's own files have: 80 names in the order of their ids."""
     start = load_checkpoint(detr)
     for split in ("train", "val"):
-        file = write_rectangles(tmp_path, split, 4)
+        file = write_boxes(world, tmp_path, split)
         file["categories"] = [{"id": number, "name": name}
                               for number, name in enumerate(start["names"]["coco"], 1)]
         (tmp_path / f"{split}.json").write_text(json.dumps(file))

@@ -1,8 +1,5 @@
-"""A GPU computes what the CPU computes, in float32 and bf16: pre-training, the five tasks,
-generation; a whole training runs there, resumes, and seldom makes the host wait.
-
-These tests are skipped where there is no GPU. One is not: it looks for tensors on a wrong device
-with fake tensors, which have a device and no numbers.
+"""A GPU computes what the CPU computes. Skipped where there is none, but for one test: it looks for
+tensors on a wrong device with fake tensors, which have a device and no numbers.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""Matching and the set loss equal transformers' DETR loss, and a slow float64 loop that tries all
-assignments; and what the loss does with a source that is not there, and numbers out of range.
-"""
+"""The set loss equals transformers' of DETR, and a float64 loop that tries all assignments."""
 
 import itertools
 import math

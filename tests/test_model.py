@@ -1,7 +1,4 @@
-"""The architecture equals independent references, an image's result does not depend on its batch,
-nothing sees what it must not, generation finds what a slow search finds, a checkpoint is whole or
-refused, and the walk's numbers are those of the formulas.
-"""
+"""The architecture against independent references; what it cannot see; checkpoints; the walk."""
 
 import errno
 import functools
@@ -71,9 +68,7 @@ def test_pretraining_gives_every_parameter_a_gradient():
 
 
 def test_first_weights():
-    """Xavier draws from -a to a, a = sqrt(6 / (in + out)); what a residual branch adds starts at a
-    twentieth of that. Queries begin as places of a grid, no two alike.
-    """
+    """Xavier's bounds, a twentieth of them in residual branches; queries are places of a grid."""
     model = E2EVLP(Config(backbone="r18", width=64, heads=4, feed_forward=128, encoder_layers=2,
                           decoder_layers=2, queries=10, vocabulary=500))
     bound = math.sqrt(6 / (128 + 64))  # these matrices have 128 inputs and 64 outputs
@@ -108,11 +103,8 @@ def test_sine_positions_equal_detrs_formula_over_the_unpadded_area():
 
 @torch.no_grad()
 def test_detrs_weights_give_what_transformers_detr_gives(tmp_path):
-    """DETR in its full size, its weights random: classes and boxes of all six layers. Two images of
-    different size in one batch get what each gets alone.
-
-    Each layer's output is taken by a hook: with auxiliary_loss transformers 5 feeds the normed
-    output of a layer to the next one, which DETR's own code does not.
+    """Classes and boxes of all six layers, by hooks: with auxiliary_loss transformers 5 feeds the
+    normed output of a layer to the next one, which DETR's own code does not.
     """
     path = str(tmp_path / "detr-r50.pth")
     theirs = write_detr(path, "r50", d_model=256, encoder_layers=6, decoder_layers=6,
@@ -464,13 +456,6 @@ class Program:
         return os.mkdir, ("ran",)
 
 
-def test_a_checkpoint_cannot_run_a_program(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Program()}, "x.pt")
-    assert "not a PyTorch file, or damaged" in refusal("x.pt")
-    assert os.listdir() == ["x.pt"]
-
-
 def test_a_flipped_byte_is_noticed(tmp_path):
     path = saved(tmp_path / "x.pt")
     content = bytearray(path.read_bytes())
@@ -480,10 +465,14 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content,says", [
-    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this version")])
-def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content, says):
-    torch.save(content, tmp_path / "x.pt")
-    assert says in refusal(tmp_path / "x.pt")
+    ([1, 2], "holds a list"), ({"weight": torch.zeros(1)}, "not a checkpoint of this version"),
+    ({"model": Program()}, "not a PyTorch file, or damaged")])
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, monkeypatch, content, says):
+    """And cannot run a program."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "x.pt")
+    assert says in refusal("x.pt")
+    assert os.listdir() == ["x.pt"]
 
 
 def test_weights_that_do_not_fit_their_configuration_are_one_line(tmp_path):

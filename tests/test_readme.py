@@ -9,8 +9,7 @@ from pathlib import Path
 
 from conftest import ROOT, TINY, run_command, write_detr
 from PIL import Image
-from test_finetune import write_pairs, write_rectangles
-from test_tasks import COUNTING
+from test_finetune import write_boxes, write_pairs
 
 README = Path(ROOT, "README.md").read_text(encoding="utf-8")
 MODEL = ["--backbone", "r18", "--backbone-weights", "none", "--stride", "16", "--queries", "8",
@@ -71,7 +70,7 @@ def test_every_command_runs(world, tmp_path):
     shutil.copy(image, tmp_path / "photo.jpg")
     shutil.copy(tmp_path / "DIR/vocab.txt", tmp_path)
     for split in ("train", "val"):
-        write_rectangles(tmp_path / "mine", split, 8)
+        write_boxes(world, tmp_path / "mine", split)
     write_pairs(tmp_path / "mine")
     os.rename(tmp_path / "mine/images", tmp_path / "mine/pictures")
     write_detr(tmp_path / "detr-r50.pth")
@@ -81,12 +80,6 @@ def test_every_command_runs(world, tmp_path):
             run(tune.split(), tmp_path)
         if "pytest" not in words and "count" not in words:  # test_tasks runs the README's class
             run(words, tmp_path)
-
-
-def test_the_counting_task_is_the_one_that_is_tested():
-    text = README.split("<!-- counting -->\n")[1].split("\n\nAdd it to")[0]
-    shown = "\n".join(line[4:] for line in text.splitlines())
-    assert shown.strip() == COUNTING.strip()
 
 
 def test_the_files_are_those_of_the_reading_tour_in_its_order():
