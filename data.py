@@ -80,8 +80,7 @@ class Tokenizer:
     def encode(self, sentence):
         """A sentence -> [CLS] w1 .. wm [SEP] as a list of ids, at most max_tokens of them."""
         if sentence and not self.ordinary:
-            raise InputError("DETR's weights know no words: give no sentence (--text none), or "
-                             "pre-train from them first (pretrain.py --init)")
+            raise InputError("DETR's weights know no words: give no sentence")
         return self.wordpiece.encode(sentence).ids
 
     def is_too_long(self, sentence):
@@ -398,8 +397,8 @@ def read_pairs(path, folder, split, say=print):
             pairs = [msgspec.convert(row, Pair) for row in rows]
         except (csv.Error, msgspec.MsgspecError) as error:
             raise InputError(f"{path}, line {rows.line_num}: {error}; the first line must be image,"
-                             "caption or image,caption,split, split train, val, test or nothing, "
-                             "and a caption with commas in double quotes") from None
+                             "caption or image,caption,split; split is train, val, test or empty; "
+                             "a caption with commas needs double quotes") from None
     names = [os.path.normpath(safe_name(pair.image, path)) for pair in pairs]
     files = dict(zip(names, names)) if folder == "" else find_files(folder, names)
     counts = Counter()
@@ -794,7 +793,7 @@ def load_image(file, short=None, long=None, upright=True):
                 image.draft(None, (width, height))
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            image.info.pop("exif", None)  # nobody is to apply it once more
+            image.info.pop("exif", None)  # so that no caller applies it again
             return to_rgb(image)
     except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{file}: cannot be read ({error}); images are of kind "
@@ -1112,7 +1111,7 @@ def add_source_flags(group):
     """What all commands that train have: where their data lies."""
     group.add_argument("--data", default="data", metavar="DIR", help="folder of official files")
     group.add_argument("--index", metavar="DIR",
-                       help="folder of the data's index (default: .index in it)")
+                       help="folder of the data's index (default: .index in the data's folder)")
     group.add_argument("--pairs", metavar="FILE", help="images with captions of your own, .csv or "
                        ".jsonl: image, caption and perhaps split")
     group.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")

@@ -70,7 +70,7 @@ class EvaluationSet(Dataset):
 def evaluation_batches(examples, numbers, *, short, long, batch_size=32, workers=0, rank=0, world=1,
                        mean=None):
     """EvaluationSet's batches of this process's share of `numbers`, similar shapes together.
-    Collective: InputError in all processes, once each has done its share, if one has met any.
+    Collective: InputError in all processes, once each has done its share, if any met one.
     """
     numbers = sorted(numbers, key=lambda i: examples[i].size[1] / examples[i].size[0])[rank::world]
     batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
@@ -724,7 +724,7 @@ def parse(argv):
     g.add_argument("--images", metavar="DIR", dest="pairs_images", help="those of --pairs")
     g.add_argument("--val-images", metavar="DIR", help="those of --val-annotations")
     g.add_argument("--index", metavar="DIR",
-                   help="folder of the data's index (default: .index in it)")
+                   help="folder of the data's index (default: .index in the data's folder)")
     g.add_argument("--split", help="train, val (default), test; vqa also test-dev. With --score: "
                    "that of Karpathy's files which counts (default: test)")
     g.add_argument("--submit", metavar="FILE", help="write the results in the official format")

@@ -177,13 +177,15 @@ def parse(argv):
     # lr_head, a setting without a flag: a new classifier's rate, as a multiple of --lr
     parser.set_defaults(epochs=12, output="runs/TASK", lr_head=1.0)
     args = parser.parse_args(argv)
+    if args.train_annotations or args.val_annotations:
+        parser.set_defaults(text="none")  # boxes of one's own have no captions
     if args.task:
         task = TASKS[args.task]
         parser.set_defaults(output=f"runs/{args.task}", **task.settings)
         if args.mini:
             mini = dict(epochs=100, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=50,
                         clip=1.0, val_every=1e6, output=f"runs/mini-{args.task}")
-            # From scratch the rates of pre-training are the better ones
+            # From scratch pre-training's rates are better
             rates = {"lr": 1e-3, "lr_backbone": 1e-3} if args.init == "none" else {}
             parser.set_defaults(**{**MINI_MODEL, **MINI_LOADING, **mini, **task.mini, **rates})
         if args.init not in (None, "none"):
@@ -191,8 +193,6 @@ def parse(argv):
     args, state = parse_resumed(parser, argv, fixed=(
         *MODEL_FLAGS, "task", "init", "sentences_per_picture", "text", "augment",
         "train_splits"))
-    if args.train_annotations or args.val_annotations:  # boxes of one's own have no captions
-        args.text = "none"
     if state is None and not (args.task and args.init):
         raise InputError("give --task and --init, a checkpoint's file or none; or --resume FILE")
     return args, state
@@ -224,6 +224,9 @@ def initial_model(args, task, names):
         state["model"] = {name: tensor for name, tensor in state["model"].items()
                           if not name.startswith("classifier.")}
     tokenizer = Tokenizer(state["vocabulary"], config.max_tokens)
+    if "sentence" in task.modules and not tokenizer.ordinary:
+        raise InputError(f"--init {args.init}: has DETR's weights, and knows no words; give --text "
+                         "none, or pre-train from it first (pretrain.py --init)")
     torch.manual_seed(args.seed)  # the same new weights in each process
     model = E2EVLP(replace(config, dropout=args.dropout, train_stem=args.train_stem, **more))
     load_pretrained(model, state["model"], print0)
@@ -346,7 +349,7 @@ def finetune(args, state):
     weights = {**LOSS_WEIGHTS, **dict.fromkeys(task.logged, 0.0)}
     code = train(run, objective, loader, optimizer, weights,
                  functools.partial(validate, run, task, val),
-                 max(1, round(args.val_every * run.per_epoch)))
+                 max(1, math.ceil(args.val_every * run.per_epoch - 1e-9)))
     if run.rank == 0 and code == 0:
         best = load_checkpoint(os.path.join(args.output, "best.pt"))["scores"]
         print0(f"{args.output}/best.pt: "

@@ -196,7 +196,7 @@ class Backbone(nn.Module):
         rows = torch.arange(H0, device=device)[:, None] < sizes[:, 0, None, None]     # (B, H0, 1)
         columns = torch.arange(W0, device=device)[None] < sizes[:, 1, None, None]     # (B, 1, W0)
         mask = rows & columns                                                         # (B, H0, W0)
-        # Kept after the forward pass: with recompute the blocks run in the backward pass too
+        # Kept for the backward pass of this forward pass: with recompute the blocks run there too
         self.mask = mask if padded else None
         net = self.resnet
         x = (images.float() / 255 - self.mean) / self.std
@@ -789,8 +789,9 @@ def load_pretrained(model, state, say=print):
                if k in own and own[k].shape == getattr(v, "shape", None)}
     for key in model.load_state_dict(fitting, strict=False).missing_keys:
         say(f"  not in the checkpoint, or of another shape; re-initialised: {key}")
-    for key in state.keys() - own.keys():
-        say(f"  in the checkpoint but not used: {key}")
+    for key in state:
+        if key not in own:
+            say(f"  in the checkpoint but not used: {key}")
     loaded, anew = {}, {}
     for name, parameter in model.named_parameters():
         counts = loaded if name in fitting else anew

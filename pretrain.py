@@ -569,9 +569,9 @@ class Run:
     def stop_not_finite(self, sums, micro_batches):
         """End the run at the first loss that is not finite, with a checkpoint of before."""
         ids = sum(gather([i for batch in micro_batches for i in batch["ids"]]), [])
+        values = ", ".join(f"{name} {value:.3g}" for name, value in self.total(sums).items())
         if all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
             self.save()  # else batch norm's statistics are spoilt, and the former one stays
-        values = ", ".join(f"{name} {value:.3g}" for name, value in self.total(sums).items())
         raise InputError(f"step {self.step}: the loss or its gradient is not finite ({values}); "
                          f"images: {', '.join(map(str, ids))}; {self.last}, if it is there, is of "
                          "before: try a lower --lr")
@@ -660,7 +660,8 @@ def shared_flags(usage, description):
     g = parser.add_argument_group("training")
     g.add_argument("--batch-size", type=COUNT, default=32, help="items a step, in all processes")
     g.add_argument("--micro-batch", type=COUNT_OR_0, default=0,
-                   help="images a process holds at once, the rest is accumulated; 0: its share")
+                   help="images a process holds at once, the rest is accumulated; 0: its "
+                   "share (flickr30k: 8)")
     g.add_argument("--epochs", type=MORE_THAN_0, default=200, help="passes over the training items")
     g.add_argument("--steps", type=COUNT_OR_0, default=0, help="end here; 0: --epochs decides")
     g.add_argument("--minutes", type=AMOUNT, default=0,
@@ -800,8 +801,8 @@ def detr_model(args, tokenizer, names):
     state = load_checkpoint(args.init, "--init")
     config = state["config"]
     if "lacks" not in state:
-        raise InputError(f"--init {args.init}: not DETR's weights; --resume resumes a "
-                         "checkpoint of pre-training")
+        raise InputError(f"--init {args.init}: not DETR's weights; a checkpoint of "
+                         "pre-training is continued by --resume")
     check_file_flags(args, config, FILE_FLAGS)
     for flag in SIZE_FLAGS:
         setattr(args, flag, getattr(config, flag))
@@ -846,7 +847,7 @@ def pretrain(args, state):
         # DDP's optimizer cuts graphs where buckets end, and fails once shapes are dynamic
         torch._dynamo.config.optimize_ddp = False
         torch._dynamo.config.recompile_limit = 64  # torch 2.11: even and odd sides apart
-        # One graph, with sizes that may vary; recomputing sets the masks anew, which parts it
+        # One graph, with sizes that may vary; recomputing parts it
         model.compile(fullgraph=not args.activation_checkpointing)
     loader = run.loader(PretrainingSet(data["train"], tokenizer, names, args),
                         data["train"].sizes,

@@ -8,9 +8,9 @@ is officially scored, its result file.
     flickr30k  [CLS] sentence [SEP] image        circle loss over sampled pairs      IR@1 + TR@1
     detection  [CLS] sentence [SEP] image        DETR's set loss, COCO's head        AP
 
-`--task NAME` looks a class up in TASKS, where each that has a name puts itself; nothing else asks
-for a task's name. `Task` itself is a whole task, a classifier from [CLS], so a new one of that kind
-says little more than what it reads (README: "Add a task").
+`--task NAME` looks a class up in TASKS, where each class with a name enters itself; nothing else
+asks for a task's name. `Task` itself is a whole task, a classifier from [CLS], so a new one of that
+kind says little more than what it reads (README: "Add a task").
 """
 
 import contextlib
@@ -662,7 +662,7 @@ class Retrieval(Captioned):
     Section 5.1 takes the circle loss from ERNIE-ViL, whose released settings (PaddlePaddle/ERNIE,
     ernie-vil/conf/flickr) are margin 0.3, scale 32, and 20 wrong images a sentence, drawn from the
     whole training set: it reads their features from a file. Here a further image would cost a pass
-    of the ResNet, which learns. So wrong images are those of the batch, whose grids are there
+    of the ResNet, which learns. So wrong images are those of the micro-batch, whose grids are there
     already. Wrong sentences, which cost the encoder alone, are drawn from the whole training set.
     """
 
@@ -684,8 +684,8 @@ class Retrieval(Captioned):
     modules = ("backbone", "sentence", "encoder", "itm")
     selection_metric = ("IR@1", "TR@1")
     logged = ("wrong_log_odds_50", "wrong_log_odds_99")
-    # All pairs of 1,014 images and 5,070 sentences are four times what an epoch trains on
-    # A pair is nine sequences of the encoder: of 8 images at once they fit a GPU
+    # All pairs of 1,014 images and 5,070 sentences are four times what an epoch trains on, hence
+    # val_examples. A pair is nine sequences for the encoder; those of 8 images at once fit a GPU.
     settings = dict(batch_size=64, micro_batch=8, epochs=4, lr=5e-5, decay=[], val_examples=200)
     mini = dict(batch_size=16, micro_batch=0, sentences_per_picture=2, minutes=6.5, val_examples=0)
     blind_examples = 50  # pairs grow with the square
@@ -849,6 +849,8 @@ class Detection(Task):
         if not all(own):
             raise InputError(f"--{split}-annotations and --{split}-images: both are needed with "
                              "boxes of one's own")
+        if self.text == "caption":
+            raise InputError("--text caption: boxes of one's own have no captions")
         return own
 
     def files(self, data, split):

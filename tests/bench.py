@@ -95,7 +95,7 @@ def synchronize(device):
 
 
 def fresh_process(function, *inputs):
-    """function(*inputs) in a new process: an allocator that is used changes memory and time."""
+    """function(*inputs) in a new process: a used allocator changes both memory and time."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *inputs).result()
 
@@ -775,7 +775,7 @@ def pretraining_batch(args, batch=2, height=800, width=1333, words=14):
 
 def four_losses(args):
     """Forward and backward with all losses, r50, 12 + 6 layers, batch 2 at 800 x 1333, against
-    detection alone, with the sentence too. At most 1.35 times its time is promised.
+    detection alone (which reads the sentence too). At most 1.35 times its time is promised.
     """
     model = ours(args)
     batch = pretraining_batch(args)

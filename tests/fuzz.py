@@ -67,7 +67,8 @@ def make_kit(folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     shapes.write_world("data", seed=3, train=16, val=4, test=4)
-    assert not call("pretrain", [*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"])[0]
+    code, _, error = call("pretrain", [*TINY, *TINY_MODEL, "--steps", "2", "--val-pictures", "2"])
+    assert not code, error
     os.rename("out", "runs")
     state = model.load_checkpoint("runs/last.pt")
     for name, task in tasks.TASKS.items():
@@ -83,7 +84,8 @@ def make_kit(folder):
     Image.open(images[1]).save("in/b.png")
     for task in AGAINST:
         words = [*MEASURE, "--checkpoint", f"runs/{task}.pt", "--submit", f"in/{task}"]
-        assert not call("evaluate", words)[0]
+        code, _, error = call("evaluate", words)
+        assert not code, error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from bench import (ROOT, bottom_up_attention, medians, our_vqa, pixel_bert_model,  # finds the root
-                   pixels, processor, sentences)
+from bench import (ROOT, bottom_up_attention, medians, our_vqa,  # puts the root on the path
+                   pixel_bert_model, pixels, processor, sentences)
 from matplotlib.figure import Figure
 
 import shapes

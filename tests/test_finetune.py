@@ -167,7 +167,7 @@ def test_a_run_stopped_by_a_signal_ends_as_one_that_never_stopped(pretrained, wo
     assert best[0]["step"] == best[1]["step"] and best[0]["scores"] == best[1]["scores"]
 
 
-def test_two_processes_train_and_score_as_one_also_from_nothing(world, weights, tmp_path):
+def test_two_processes_train_and_score_as_one_also_from_scratch(world, weights, tmp_path):
     flags = [*TINY[:TINY.index("--val-pictures")], "--task", "vqa", "--init", "none", "--data",
              world, "--backbone-weights", weights, "--lr", "1e-4", "--steps", "1", "--log-every",
              "1", "--val-examples", "5"]
@@ -205,10 +205,11 @@ BOXES = ["--task", "detection", "--init", "FILE", "--text", "none", "--train-ann
      "--augment detr: a sentence may say left and right, or what is cut off; give --text none"),
     (["--task", "vqa", "--init", "FILE", "--augment", "detr"],
      "--augment: --task vqa does not have it"),
+    ([*BOXES, "--text", "caption"], "--text caption: boxes of one's own have no captions"),
     ([*BOXES, "--train-images", ""], "--train-annotations and --train-images: both are needed"),
     ([*BOXES, "--task", "vqa"], "--train-annotations: --task vqa does not have it"),
     ([*BOXES, "--pairs", "x.csv"], "--pairs: --task detection does not have it"),
-    (["--task", "detection", "--init", "DETR"], "weights know no words: give no sentence"),
+    (["--task", "detection", "--init", "DETR"], "knows no words; give --text none"),
     (["--task", "vqa", "--init", "DETR"], "is fine-tuned for detection"),
     (["--task", "detection", "--init", "DETR", "--text", "none", "--width", "32"], "--width 32: ")])
 def test_flags_that_do_not_fit_are_one_line(flags, says, pretrained, detr, world, tmp_path, capsys):
@@ -238,7 +239,7 @@ def write_boxes(world, folder, split, ids=(5, 9, 2), classes=CLASSES):
 
 
 def own_flags(folder):
-    return ["--task", "detection", "--text", "none", "--train-annotations", folder / "train.json",
+    return ["--task", "detection", "--train-annotations", folder / "train.json",
             "--train-images", folder / "train", "--val-annotations", folder / "val.json",
             "--val-images", folder / "val"]
 

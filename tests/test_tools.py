@@ -1,4 +1,4 @@
-"""The tools at a very small size: the rows of bench.py, without ratios and times; wrong inputs of
+"""The tools at a very small size: the rows of bench.py, without ratios and times; twenty cases of
 fuzz.py; the list of mistakes of mutants.py fits the source.
 """
 
@@ -12,7 +12,7 @@ from conftest import ROOT
 from mutants import MISTAKES, TESTS, put_in
 
 
-def test_rows_work_at_a_very_small_size(tmp_path, capsys):
+def test_rows_of_bench_work_at_a_very_small_size(tmp_path, capsys):
     """Some of each kind, the GPU's on the CPU. Those left out differ from these in their models."""
     wanted = "loader,two-step,detr-step,detr-memory,four-losses,operators,caption,question-bf16,gpu"
     bench.main(["--quick", "--only", wanted, "--json", f"{tmp_path}/rows.json"])
@@ -33,7 +33,7 @@ def test_a_ratio_says_how_much_better_ours_is():
     assert bench.row("a", 0, 10, "MB", 1)["holds"]  # a growth of nothing
 
 
-def test_twenty_cases_have_no_fault():
+def test_twenty_cases_of_fuzz_have_no_fault():
     words = [sys.executable, "tests/fuzz.py", "--cases", "20", "--seed", "0"]
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=600,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
