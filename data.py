@@ -653,13 +653,10 @@ def load_or_build_index(data, folder, kind, read, say=print, sources=()):
         return InputError(f"--index {folder}: cannot be written ({error.strerror}); give another "
                           "folder, with space in it")
 
-    def make_folder():
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(error) from None
-
-    on_first_process(make_folder)  # first of all, since it changes the time of the folder above
+    try:  # in each process, before it looks at times: it changes that of the folder above
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(error) from None
     root = glob.escape(data)
     official = sorted(glob.glob(f"{root}/*/*") + glob.glob(f"{root}/coco/annotations/*"))
     # What trainings write, if their --output is in the data folder, is no source
